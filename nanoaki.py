@@ -1,0 +1,637 @@
+"""
+nanoAKI: modality-mutual attention (MMA, arXiv 2503.02597) in a vision-language model made to be read.
+
+A picture becomes visual tokens, they stand before the question, and one decoder reads both. In other
+decoder-only models the mask is causal, so the visual tokens never see the question. MMA opens that one
+direction. In the order in which a reader needs it: roles, masks, block, ViT, projector, decoder, the
+model with its generation, tokenizer, and the function that turns text and pictures into a sequence.
+
+    from nanoaki import NanoAKI
+    model = NanoAKI.load("out/shapes/model.pt")
+    model.ask(Image.open("scene.png"), "what color is the circle?")
+"""
+import os
+import re
+from collections import Counter, defaultdict
+from dataclasses import asdict, dataclass, field
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torch import Tensor
+
+# Roles ------------------------------------------------------------------------------------------
+# Every position of a sequence has one. What is given may be mutual; what is generated is causal.
+
+PAD = 0     # padding: sees only itself, and nobody else sees it
+IMAGE = 1   # one position per visual token
+PROMPT = 2  # text that is given: question, earlier turns with their answers, the <answer> marker
+ANSWER = 3  # text that is generated, its <eos> included: the only text with a loss
+
+# Masks ------------------------------------------------------------------------------------------
+# Pure functions of roles, (B, T) -> bool (B, T, T): True where a query (row) may see a key (column).
+
+
+def _past(roles: Tensor) -> Tensor:
+    """k <= q, before padding is considered."""
+    T = roles.shape[1]
+    return torch.ones(T, T, dtype=torch.bool, device=roles.device).tril().expand(len(roles), T, T)
+
+
+def _without_padding(roles: Tensor, seen: Tensor) -> Tensor:
+    """Close `seen` to and from PAD, which sees only itself so that no softmax row is empty."""
+    real = roles != PAD
+    itself = torch.eye(roles.shape[1], dtype=torch.bool, device=roles.device)
+    return seen & real[:, :, None] & real[:, None, :] | itself
+
+
+def causal_mask(roles: Tensor) -> Tensor:
+    """k <= q: every decoder-only model."""
+    return _without_padding(roles, _past(roles))
+
+
+def mma_mask(roles: Tensor) -> Tensor:
+    """Modality-mutual attention: causal, and every image row also sees every prompt column.
+
+    Three visual tokens, a question word, the <answer> marker and two answer tokens
+    (x seen causally, o unlocked by MMA, . blocked):
+
+        keys     I I I P P A A
+        query I  x . . o o . .      The paper (arXiv 2503.02597), S = [V, T_Q], positions from 1:
+        query I  x x . o o . .
+        query I  x x x o o . .      M'_ij = 0   if j <= i,
+        query P  x x x x . . .                  or if 1 <= i <= |V| and
+        query P  x x x x x . .                        |V| + 1 <= j <= |V| + |T_Q|;
+        query A  x x x x x x .             -inf otherwise.
+        query A  x x x x x x x
+
+    Image to image stays causal. Image to answer stays closed: else the answer would flow through
+    the image rows into the very rows that have to predict it (leaky_mask shows it). Said with roles
+    instead of positions, it holds for several images, text before them, chats and padding. It adds no
+    parameter, and without a prompt it changes nothing.
+
+    For one image followed by text it is also two causal attentions: the rows of V over the keys
+    [T_Q ; V] and the text rows over all keys, each with a causal mask aligned to the lower right.
+    (Positions are already in the keys, so the order of keys is free.)
+    """
+    mutual = (roles == IMAGE)[:, :, None] & (roles == PROMPT)[:, None, :]
+    return _without_padding(roles, _past(roles) | mutual)
+
+
+def prefix_mask(roles: Tensor) -> Tensor:
+    """k <= q, or both are given, image or prompt: PaliGemma (arXiv 2407.07726)."""
+    given = (roles == IMAGE) | (roles == PROMPT)
+    return _without_padding(roles, _past(roles) | given[:, :, None] & given[:, None, :])
+
+
+def image_mask(roles: Tensor) -> Tensor:
+    """k <= q, or both are in one unbroken run of image tokens: Gemma 3 (arXiv 2503.19786)."""
+    image = roles == IMAGE
+    run = (roles >= PROMPT).cumsum(1)  # in one run, two image tokens have as much text before them
+    same = image[:, :, None] & image[:, None, :] & (run[:, :, None] == run[:, None, :])
+    return _without_padding(roles, _past(roles) | same)
+
+
+def leaky_mask(roles: Tensor) -> Tensor:
+    """MMA with the answer open to image rows as well: the control that nobody should train with."""
+    text = (roles == PROMPT) | (roles == ANSWER)
+    return _without_padding(roles, _past(roles) | (roles == IMAGE)[:, :, None] & text[:, None, :])
+
+
+MASKS = {"causal": causal_mask, "mma": mma_mask, "prefix": prefix_mask, "image": image_mask,
+         "leaky": leaky_mask}
+
+# Configuration ----------------------------------------------------------------------------------
+
+
+def knob(default, help: str):
+    """A dataclass field that explains itself: train.py makes a flag of it."""
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class Config:
+    """The shape of a model; raises ValueError, naming both values, where two do not fit."""
+    vocab_size: int = knob(512, "tokens, at most: more of them make sequences shorter")
+    block_size: int = knob(128, "positions: the longest sequence, visual tokens included")
+    n_layer: int = knob(4, "decoder blocks: relations need depth, time grows in proportion")
+    n_head: int = knob(3, "decoder attention heads; divides n_embd")
+    n_embd: int = knob(96, "decoder width: time grows with its square")
+    image_size: int = knob(96, "pixels: side of the square that pictures are fitted into")
+    patch_size: int = knob(16, "pixels: side of a ViT patch; divides image_size")
+    merge: int = knob(1, "merge x merge patches make one visual token: 2 is a quarter of the tokens")
+    vit_layer: int = knob(2, "ViT blocks")
+    vit_head: int = knob(3, "ViT attention heads; divides vit_embd")
+    vit_embd: int = knob(96, "ViT width")
+    dropout: float = knob(0.0, "share of activations dropped in training: helps if data are few")
+    mask: str = knob("mma", "attention mask: " + ", ".join(MASKS))
+
+    def __post_init__(self):
+        for name, value in asdict(self).items():
+            if name not in ("dropout", "mask") and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
+        for name, part in (("n_embd", "n_head"), ("vit_embd", "vit_head"),
+                           ("image_size", "patch_size")):
+            if getattr(self, name) % getattr(self, part):
+                raise ValueError(f"{name} {getattr(self, name)} must be a multiple of "
+                                 f"{part} {getattr(self, part)}")
+        side = self.image_size // self.patch_size
+        if side % self.merge:
+            raise ValueError(f"merge {self.merge} must divide the {side} patches of an image's side")
+        if self.block_size <= self.visual_tokens:
+            raise ValueError(f"block_size {self.block_size} must be more than the "
+                             f"{self.visual_tokens} visual tokens of one image")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be at least 0 and below 1, not {self.dropout}")
+        if self.mask not in MASKS:
+            raise ValueError(f"mask {self.mask!r} is none of {', '.join(MASKS)}")
+
+    @property
+    def visual_tokens(self) -> int:
+        """Visual tokens of one image."""
+        return (self.image_size // self.patch_size // self.merge) ** 2
+
+
+PRESETS = {
+    # 0.8 M parameters: two CPU cores, minutes
+    "nano": Config(),
+    # 27 M: a consumer GPU, minutes
+    "small": Config(vocab_size=4096, block_size=512, n_layer=8, n_head=6, n_embd=384,
+                    image_size=192, vit_layer=6, vit_head=6, vit_embd=384),
+    # GPT-2 124M and ViT-B/16
+    "base": Config(vocab_size=50257, block_size=1024, n_layer=12, n_head=12, n_embd=768,
+                   image_size=224, vit_layer=12, vit_head=12, vit_embd=768),
+}
+
+# Block: GPT-2's and SigLIP's alike. Only the mask tells a decoder from an encoder ----------------
+
+
+class Block(nn.Module):
+    """Pre-LayerNorm attention and MLP (GPT-2; SigLIP's encoder, arXiv 2303.15343)."""
+
+    def __init__(self, n_embd: int, n_head: int, dropout: float):
+        super().__init__()
+        self.n_head, self.dropout = n_head, dropout
+        self.norm1 = nn.LayerNorm(n_embd)
+        self.qkv = nn.Linear(n_embd, 3 * n_embd)
+        self.out = nn.Linear(n_embd, n_embd)
+        self.norm2 = nn.LayerNorm(n_embd)
+        self.up = nn.Linear(n_embd, 4 * n_embd)
+        self.down = nn.Linear(4 * n_embd, n_embd)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, is_causal: bool = False,
+                cache: Tensor | None = None, start: int = 0) -> Tensor:
+        """x (B, T, C) -> (B, T, C) under a mask, bool (B, 1, T, keys); None is full attention.
+
+        With a cache (2, B, heads, positions, C / heads), x holds the positions from start to
+        start + T, and the keys are all positions so far.
+        """
+        B, T, C = x.shape
+        p = self.dropout if self.training else 0.0
+        qkv = self.qkv(self.norm1(x)).view(B, T, 3, self.n_head, C // self.n_head)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                            # (B, heads, T, C / heads)
+        if cache is not None:
+            cache[0, :, :, start:start + T] = k
+            cache[1, :, :, start:start + T] = v
+            k, v = cache[:, :, :, :start + T].to(q.dtype)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, dropout_p=p)
+        y = y.transpose(1, 2).reshape(B, T, C)                          # heads side by side
+        x = x + F.dropout(self.out(y), p)
+        y = F.gelu(self.up(self.norm2(x)), approximate="tanh")          # (B, T, 4 C)
+        return x + F.dropout(self.down(y), p)
+
+
+# From a picture to visual tokens -----------------------------------------------------------------
+
+
+class ViT(nn.Module):
+    """Vision transformer (arXiv 2010.11929) without class token."""
+
+    def __init__(self, c: Config):
+        super().__init__()
+        patches = (c.image_size // c.patch_size) ** 2
+        self.patch = nn.Conv2d(3, c.vit_embd, c.patch_size, stride=c.patch_size)
+        self.position = nn.Parameter(0.02 * torch.randn(patches, c.vit_embd))
+        self.blocks = nn.ModuleList(Block(c.vit_embd, c.vit_head, c.dropout)
+                                    for _ in range(c.vit_layer))
+        self.norm = nn.LayerNorm(c.vit_embd)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """uint8 (N, 3, H, W) -> (N, patches, vit_embd), patches row by row."""
+        x = images.to(self.position.dtype) / 127.5 - 1                  # -1 to 1
+        x = self.patch(x).flatten(2).transpose(1, 2) + self.position    # (N, patches, vit_embd)
+        for block in self.blocks:
+            x = block(x)                                                # no mask: all see all
+        return self.norm(x)
+
+
+class Projector(nn.Module):
+    """Two-layer MLP from merge x merge neighbouring patches to one visual token."""
+
+    def __init__(self, c: Config):
+        super().__init__()
+        self.merge = c.merge
+        self.up = nn.Linear(c.merge ** 2 * c.vit_embd, c.n_embd)
+        self.down = nn.Linear(c.n_embd, c.n_embd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, patches, vit_embd) -> (N, visual tokens, n_embd)."""
+        N, patches, C = x.shape
+        m, side = self.merge, int(patches ** 0.5) // self.merge
+        x = x.view(N, side, m, side, m, C).transpose(2, 3)              # (N, side, side, m, m, C)
+        x = x.reshape(N, side * side, m * m * C)
+        return self.down(F.gelu(self.up(x), approximate="tanh"))
+
+
+# Decoder and model -------------------------------------------------------------------------------
+
+
+class Decoder(nn.Module):
+    """GPT-2: token and position embeddings, blocks, LayerNorm, a head tied to the embedding."""
+
+    def __init__(self, c: Config):
+        super().__init__()
+        self.token = nn.Embedding(c.vocab_size, c.n_embd)
+        self.position = nn.Embedding(c.block_size, c.n_embd)
+        self.blocks = nn.ModuleList(Block(c.n_embd, c.n_head, c.dropout) for _ in range(c.n_layer))
+        self.norm = nn.LayerNorm(c.n_embd)
+
+    def forward(self, x: Tensor, attention: dict, cache: Tensor | None = None,
+                start: int = 0) -> Tensor:
+        """Embeddings (B, T, n_embd) -> states (B, T, n_embd); attention, cache: see Block."""
+        for i, block in enumerate(self.blocks):
+            x = block(x, **attention, cache=None if cache is None else cache[i], start=start)
+        return self.norm(x)
+
+    def head(self, x: Tensor) -> Tensor:
+        """States (..., n_embd) -> logits (..., vocab_size)."""
+        return F.linear(x, self.token.weight)
+
+
+class NanoAKI(nn.Module):
+    """ViT, projector and decoder under a role mask (arXiv 2503.02597, section 3).
+
+    Raises ValueError if the tokenizer has more tokens than the config's vocab_size.
+    """
+
+    def __init__(self, config: Config, tokenizer: "Tokenizer | None" = None):
+        super().__init__()
+        if tokenizer is not None and len(tokenizer) > config.vocab_size:
+            raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, more than the config's "
+                             f"vocab_size {config.vocab_size}")
+        self.config, self.tokenizer = config, tokenizer
+        self.vit, self.projector, self.decoder = ViT(config), Projector(config), Decoder(config)
+        for name, module in self.named_modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=0.02)
+            if isinstance(module, nn.Linear):
+                nn.init.zeros_(module.bias)
+            if isinstance(module, Block):  # GPT-2: a block adds to the residual stream twice
+                depth = config.vit_layer if name.startswith("vit") else config.n_layer
+                for layer in (module.out, module.down):
+                    nn.init.normal_(layer.weight, std=0.02 / (2 * depth) ** 0.5)
+
+    def embed(self, images: Tensor | None, tokens: Tensor, roles: Tensor) -> Tensor:
+        """Embeddings (B, T, n_embd) of tokens and positions, visual tokens where roles == IMAGE."""
+        c, slots, real = self.config, roles == IMAGE, roles != PAD
+        given = 0 if images is None else len(images)
+        if int(slots.sum()) != given * c.visual_tokens:
+            raise ValueError(f"{int(slots.sum())} IMAGE positions, but {given} images of "
+                             f"{c.visual_tokens} visual tokens")
+        if (longest := int(real.sum(1).max())) > c.block_size:
+            raise ValueError(f"a sequence of {longest} tokens is longer than the model's "
+                             f"{c.block_size} positions")
+        x = self.decoder.token(tokens)
+        if given:
+            visual = self.projector(self.vit(images))                   # (images, V, n_embd)
+            x = x.masked_scatter(slots[..., None], visual.to(x.dtype))
+        x = x + self.decoder.position(positions(roles))
+        return F.dropout(x, c.dropout, self.training)
+
+    def attention(self, roles: Tensor, mask: str | None = None) -> dict:
+        """What a Block needs to attend under a mask, made once per batch for all layers and heads."""
+        mask = mask or self.config.mask
+        if mask not in MASKS:
+            raise ValueError(f"mask {mask!r} is none of {', '.join(MASKS)}")
+        if mask == "causal" and bool((roles != PAD).all()):
+            return {"is_causal": True}
+        return {"mask": MASKS[mask](roles)[:, None]}                    # (B, 1, T, T)
+
+    def hidden(self, images: Tensor | None, tokens: Tensor, roles: Tensor,
+               mask: str | None = None) -> Tensor:
+        """States after the last LayerNorm, (B, T, n_embd); arguments as in forward."""
+        return self.decoder(self.embed(images, tokens, roles), self.attention(roles, mask))
+
+    def forward(self, images: Tensor | None, tokens: Tensor, roles: Tensor,
+                targets: Tensor | None = None, mask: str | None = None):
+        """Logits (B, T, vocab_size) and, with targets, their mean cross-entropy in nats, else None.
+
+        images uint8 (images in the batch, 3, H, W) in the order of their tokens, or None; tokens and
+        roles int64 (B, T); mask a name in MASKS, None for the one the model was trained with. targets
+        int64 (B, T) are aligned with tokens, not shifted: the logits at t - 1 predict targets[:, t];
+        -100 is no loss. Raises ValueError if images and roles do not fit, if a sequence is longer than
+        block_size, and if a target stands outside ANSWER.
+        """
+        x = self.hidden(images, tokens, roles, mask)
+        return self.decoder.head(x), None if targets is None else self._loss(x, roles, targets)
+
+    def loss(self, images: Tensor | None, tokens: Tensor, roles: Tensor, targets: Tensor,
+             mask: str | None = None) -> Tensor:
+        """forward's loss without its logits: the head reads only the positions that have a target."""
+        return self._loss(self.hidden(images, tokens, roles, mask), roles, targets)
+
+    def _loss(self, x: Tensor, roles: Tensor, targets: Tensor) -> Tensor:
+        # Under MMA a loss on the prompt leaks: question word -> image state -> earlier question word.
+        if bool(((targets != -100) & (roles != ANSWER)).any()):
+            raise ValueError("targets outside ANSWER must be -100: only what is generated has a loss")
+        x, targets = x[:, :-1], targets[:, 1:]                          # t - 1 predicts t
+        return F.cross_entropy(self.decoder.head(x[targets != -100]).float(), targets[targets != -100])
+
+    # Generation: the given part once, then a token a step. Nothing given ever attends to an answer,
+    # so its keys and values can be kept, and each step needs one row of the same mask.
+
+    @torch.no_grad()
+    def stream(self, images: Tensor | None, tokens: Tensor, roles: Tensor, max_new_tokens: int,
+               temperature: float = 0.0, top_k: int | None = None, mask: str | None = None):
+        """Yield, for every step, the B new ids (None for rows that have ended); see generate."""
+        c, (B, T) = self.config, tokens.shape
+        room = c.block_size - (roles != PAD).sum(1)                     # (B,)
+        if int(room.min()) < 1:
+            raise ValueError(f"a prompt of {c.block_size - int(room.min())} tokens leaves no room for an "
+                             f"answer in the model's {c.block_size} positions")
+        last = (torch.arange(T, device=roles.device) * (roles != PAD)).argmax(1)  # of what is given
+        steps = min(max_new_tokens, int(room.max()))
+        x = self.embed(images, tokens, roles)                           # (B, T, n_embd)
+        roles = F.pad(roles, (0, steps), value=ANSWER)                  # answers from column T on
+        seen = MASKS[mask or c.mask](roles)[:, None]                    # (B, 1, T + steps, T + steps)
+        position = positions(roles).clamp(max=c.block_size - 1)         # ended rows run on, unread
+        cache = x.new_zeros(c.n_layer, 2, B, c.n_head, T + steps, c.n_embd // c.n_head)
+        going = [True] * B
+        for t in range(T, T + steps):
+            start = 0 if t == T else t - 1
+            x = self.decoder(x, {"mask": seen[:, :, start:t, :t]}, cache, start)
+            x = x[torch.arange(B, device=x.device), last] if t == T else x[:, -1]   # (B, n_embd)
+            new = choose(self.decoder.head(x).float(), temperature, top_k)          # (B,)
+            ids = new.tolist()
+            going = [going[i] and t - T < room[i] and ids[i] != Tokenizer.eos for i in range(B)]
+            if not any(going):
+                return
+            yield [ids[i] if going[i] else None for i in range(B)]
+            x = (self.decoder.token(new) + self.decoder.position(position[:, t]))[:, None]
+
+    def generate(self, images: Tensor | None, tokens: Tensor, roles: Tensor, max_new_tokens: int,
+                 temperature: float = 0.0, top_k: int | None = None,
+                 mask: str | None = None) -> list[list[int]]:
+        """New ids of each row, without <eos>: the likeliest, or sampled at a temperature above 0.
+
+        Arguments as in forward, padded anywhere; top_k keeps that many of the likeliest. A row ends with
+        <eos>, max_new_tokens or the model's last position. Raises ValueError if a prompt leaves no room.
+        """
+        training, rows = self.training, [[] for _ in tokens]
+        self.eval()
+        try:
+            for step in self.stream(images, tokens, roles, max_new_tokens, temperature, top_k, mask):
+                for row, new in zip(rows, step):
+                    row += [] if new is None else [new]
+        finally:
+            self.train(training)
+        return rows
+
+    def prompt(self, images: list, questions: list[str]) -> tuple[Tensor | None, Tensor, Tensor]:
+        """(images, tokens, roles) of questions, each with its PIL image, list of images, or None."""
+        if self.tokenizer is None:
+            raise ValueError("this model has no tokenizer: NanoAKI(config, tokenizer)")
+        if len(images) != len(questions):
+            raise ValueError(f"{len(images)} pictures or lists of them for {len(questions)} questions")
+        pictures = [[i] if isinstance(i, Image.Image) else list(i or []) for i in images]
+        tokens, roles, _ = pad_batch([build_sequence(self.tokenizer, self.config, [("human", q)], len(p))
+                                      for q, p in zip(questions, pictures)])
+        squares = [fit_picture(i, self.config.image_size) for p in pictures for i in p]
+        device = self.decoder.token.weight.device
+        return torch.stack(squares).to(device) if squares else None, tokens.to(device), roles.to(device)
+
+    def ask(self, images, questions: str | list[str], max_new_tokens: int | None = None, **sampling):
+        """The answer to a question about a PIL image, a list of images, or None (no picture).
+
+        With a list of questions, a list of answers: images then is a list of as many of those, or one
+        image for all. max_new_tokens (None: what fits) and sampling (temperature, top_k, mask) are
+        generate's. Raises ValueError where a question and its pictures do not fit the model.
+        """
+        one = isinstance(questions, str)
+        if one or images is None or isinstance(images, Image.Image):
+            images = [images] * (1 if one else len(questions))
+        limit = self.config.block_size if max_new_tokens is None else max_new_tokens
+        rows = self.generate(*self.prompt(images, [questions] if one else questions), limit, **sampling)
+        answers = [self.tokenizer.decode(ids) for ids in rows]
+        return answers[0] if one else answers
+
+    def save(self, path) -> None:
+        """Write config, tokenizer and weights to one file, whole or not at all."""
+        merges = None if self.tokenizer is None else self.tokenizer.merges
+        save_file({"config": asdict(self.config), "merges": merges, "model": self.state_dict()}, path)
+
+    @classmethod
+    def load(cls, path) -> "NanoAKI":
+        """The model saved at path, on the CPU, in eval mode; raises ValueError if there is none."""
+        state = load_file(path)
+        try:
+            tokenizer = None if state["merges"] is None else Tokenizer(state["merges"])
+            model = cls(Config(**state["config"]), tokenizer)
+            model.load_state_dict(state["model"])
+        except (KeyError, TypeError, RuntimeError, ValueError) as e:
+            reason = " ".join(str(e).split())[:200]
+            raise ValueError(f"{path}: config, tokenizer and weights do not fit: {reason}") from e
+        return model.eval()
+
+
+def positions(roles: Tensor) -> Tensor:
+    """How many tokens that are not padding stand before each token: int64 (B, T)."""
+    return ((roles != PAD).cumsum(1) - 1).clamp(min=0)
+
+
+def choose(logits: Tensor, temperature: float, top_k: int | None) -> Tensor:
+    """The likeliest id of each row of logits (B, vocab_size), or a draw: int64 (B,)."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    if top_k is not None:
+        least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < least, float("-inf"))
+    return torch.multinomial((logits / temperature).softmax(-1), 1)[:, 0]
+
+
+def save_file(state: dict, path) -> None:
+    """Write a file whole or not at all: beside path, flushed to disk, then renamed."""
+    part = f"{path}.part"
+    try:
+        with open(part, "wb") as f:
+            torch.save({"nanoaki": 1} | state, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(part, path)
+    except BaseException:
+        if os.path.exists(part):
+            os.remove(part)
+        raise
+
+
+def load_file(path) -> dict:
+    """What save_file wrote, tensors on the CPU; raises ValueError if path holds anything else."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file; train a model first: python train.py") from None
+    except Exception as e:  # torch.load raises whatever the bytes make it raise
+        raise ValueError(f"{path}: not a nanoAKI checkpoint ({type(e).__name__})") from e
+    if not isinstance(state, dict) or "nanoaki" not in state:
+        raise ValueError(f"{path}: a checkpoint, but not one of nanoAKI")
+    return state
+
+
+# Tokenizer ---------------------------------------------------------------------------------------
+
+
+def _merge(ids: list[int], pair: tuple[int, int], new: int) -> list[int]:
+    merged, i = [], 0
+    while i < len(ids):
+        hit = tuple(ids[i:i + 2]) == pair
+        merged.append(new if hit else ids[i])
+        i += 2 if hit else 1
+    return merged
+
+
+class Tokenizer:
+    """Byte-level BPE (arXiv 1508.07909; GPT-2): 256 bytes, four special tokens, then merges.
+
+    Text becomes bytes and merges of bytes, so no text can become a special token, and every string
+    that UTF-8 can encode round-trips. No merge crosses the words of `words`, at most 33 characters
+    each, which bounds the time that any text can take.
+    """
+    image, answer, eos, pad = 256, 257, 258, 259
+    words = re.compile(r" ?[^\W\d]{1,32}| ?\d| ?[^\w\s]{1,32}|\s{1,32}")
+
+    def __init__(self, merges):
+        self.merges = [tuple(pair) for pair in merges]
+        self.ids = {pair: 260 + i for i, pair in enumerate(self.merges)}
+        self.bytes = [bytes([i]) for i in range(256)] + [b""] * 4
+        for a, b in self.merges:
+            self.bytes.append(self.bytes[a] + self.bytes[b])
+        self.known = {}  # word -> ids: text repeats its words
+
+    def __len__(self) -> int:
+        return len(self.bytes)
+
+    @classmethod
+    def train(cls, texts, vocab_size: int = 512) -> "Tokenizer":
+        """Merge the most frequent pair (of equals, the first seen) until there are vocab_size tokens
+        or no pair occurs twice; raises ValueError if vocab_size is below 260."""
+        if vocab_size < 260:
+            raise ValueError(f"vocab_size {vocab_size} must be at least 260: bytes and special tokens")
+        counts = Counter(word for text in texts for word in cls.words.findall(text))
+        words = [(list(word.encode()), n) for word, n in counts.items()]
+        pairs, places, merges = Counter(), defaultdict(dict), []  # how often, in which words
+
+        def count(i, sign):
+            ids, n = words[i]
+            for pair in zip(ids, ids[1:]):
+                pairs[pair] += sign * n
+                places[pair][i] = True
+
+        for i in range(len(words)):
+            count(i, 1)
+        while pairs and 260 + len(merges) < vocab_size:
+            best = max(pairs, key=pairs.get)
+            if pairs[best] < 2:
+                break
+            for i in list(places[best]):
+                count(i, -1)
+                words[i][0][:] = _merge(words[i][0], best, 260 + len(merges))
+                count(i, 1)
+            del pairs[best], places[best]
+            merges.append(best)
+        return cls(merges)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text; raises ValueError on lone surrogates, which UTF-8 cannot encode."""
+        ids = []
+        for word in self.words.findall(text):
+            if word not in self.known:
+                part = list(word.encode())
+                while len(part) > 1:
+                    pair = min(zip(part, part[1:]), key=lambda p: self.ids.get(p, len(self)))
+                    if pair not in self.ids:
+                        break
+                    part = _merge(part, pair, self.ids[pair])
+                self.known[word] = part
+            ids += self.known[word]
+        return ids
+
+    def decode(self, ids) -> str:
+        """Text of ids: special tokens have none, and what is not UTF-8 becomes U+FFFD."""
+        text = b"".join(self.bytes[i] for i in ids if i < len(self))
+        return text.decode("utf-8", errors="replace")
+
+
+# From text and pictures to a sequence ------------------------------------------------------------
+
+
+def build_sequence(tokenizer: Tokenizer, config: Config, turns: list[tuple[str, str]],
+                   pictures: int, answer: str | None = None) -> tuple[list[int], list[int]]:
+    """(tokens, roles) of all that is given, then of the answer to learn, if there is one.
+
+    turns are (speaker, text), speaker "system", "human" or "gpt", the last one human; a caption has
+    one empty human turn. Where human text has as many <image> as there are pictures, they stand where
+    they are written, line breaks around them dropped; where it has none, the pictures come first.
+    Raises ValueError on any other count, and on more tokens than the config's block_size.
+    """
+    written = sum(text.count("<image>") for speaker, text in turns if speaker == "human")
+    if written not in (0, pictures):
+        raise ValueError(f"{written} <image> in the text for {pictures} pictures: "
+                         f"write one for each, or none")
+    image = [tokenizer.image] * config.visual_tokens
+    given = [] if written else image * pictures
+    for speaker, text in turns:
+        if speaker == "human":
+            before, *after = [tokenizer.encode(piece.strip("\n")) for piece in text.split("<image>")]
+            given += before
+            for piece in after:
+                given += image + piece
+            given.append(tokenizer.answer)
+        elif speaker == "gpt":
+            given += tokenizer.encode(text) + [tokenizer.eos]
+        else:
+            given += tokenizer.encode(text + "\n")
+    generated = [] if answer is None else tokenizer.encode(answer) + [tokenizer.eos]
+    if len(given) + max(len(generated), 1) > config.block_size:
+        raise ValueError(f"{len(given)} tokens of pictures and text and {max(len(generated), 1)} of "
+                         f"answer are more than the model's {config.block_size} positions")
+    roles = [IMAGE if token == tokenizer.image else PROMPT for token in given]
+    return given + generated, roles + [ANSWER] * len(generated)
+
+
+def pad_batch(sequences: list[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor, Tensor]:
+    """tokens, roles and targets, int64 (B, T), of some (tokens, roles), padded on the right."""
+    T = max(len(tokens) for tokens, _ in sequences)
+    tokens = torch.tensor([t + [Tokenizer.pad] * (T - len(t)) for t, _ in sequences])
+    roles = torch.tensor([r + [PAD] * (T - len(r)) for _, r in sequences])
+    return tokens, roles, torch.where(roles == ANSWER, tokens, -100)
+
+
+def fit_picture(image: Image.Image, size: int) -> Tensor:
+    """A PIL image of any mode as uint8 (3, size, size): upright, on white, letterboxed on grey."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16 bits a pixel: Pillow's own conversion would clip them
+        image = image.convert("I").point(lambda value: value / 257).convert("L")
+    if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = image.convert("RGB")
+    if image.size != (size, size):
+        scale = size / max(image.size)
+        sides = [max(1, round(side * scale)) for side in image.size]
+        square = Image.new("RGB", (size, size), (128, 128, 128))
+        square.paste(image.resize(sides, Image.Resampling.BICUBIC),
+                     [(size - side) // 2 for side in sides])
+        image = square
+    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    return pixels.view(size, size, 3).permute(2, 0, 1).contiguous()
