@@ -9,6 +9,7 @@ import json
 import math
 import re
 import signal
+from collections import Counter
 from pathlib import Path
 from typing import Iterable, Iterator, NamedTuple
 
@@ -105,6 +106,8 @@ class Records:
                 before += size + 2
             packed += json.dumps(record).encode()
             ends.append(len(packed))
+        if not ends:
+            raise ValueError(f"{folder}: there are no records")
         self.data = torch.frombuffer(packed, dtype=torch.uint8)
         self.ends = torch.tensor(ends)
         self.replies = torch.tensor(replies)  # record, turn, pictures and bytes before it, its bytes
@@ -128,13 +131,10 @@ class Records:
                     bad.append(f"  record {i} (id {id!r}): {problem}")
                 else:
                     yield record
+            if bad:
+                raise ValueError(f"{path}: {len(bad)} of {i + 1} records are bad\n" + "\n".join(bad[:10]))
 
-        records = cls(folder, good())
-        if bad:
-            raise ValueError(f"{path}: {len(bad)} of {len(records) + len(bad)} records are bad\n" + "\n".join(bad[:10]))
-        if not len(records):
-            raise ValueError(f"{path}: has no records")
-        return records
+        return cls(folder, good())
 
     def __len__(self) -> int:
         return len(self.ends)
@@ -142,6 +142,32 @@ class Records:
     def __getitem__(self, i: int) -> dict:
         start, end = int(self.ends[i - 1]) if i else 0, int(self.ends[i])
         return json.loads(self.data[start:end].numpy().tobytes())
+
+    def split(self, share: float, seed: int) -> tuple["Records", "Records"]:
+        """(rest, held out): about `share` of the records, and no picture on both sides."""
+        group = {}  # picture -> the first picture that records link it to
+
+        def first(picture):
+            while group.setdefault(picture, picture) != picture:
+                picture = group[picture]
+            return picture
+
+        keys = []
+        for i in range(len(self)):
+            pictures = pictures_of(self[i]) or [i]
+            for picture in pictures[1:]:
+                group[first(picture)] = first(pictures[0])
+            keys.append(pictures[0])
+        held, wanted = set(), max(1, round(share * len(self)))
+        counts = Counter(first(key) for key in keys)
+        names = list(counts)
+        for n in np.random.default_rng(seed).permutation(len(names)):
+            if wanted > 0:
+                held.add(names[n])
+                wanted -= counts[names[n]]
+        sides = [[self[i] for i, key in enumerate(keys) if (first(key) in held) == side]
+                 for side in (False, True)]
+        return Records(self.folder, sides[0]), Records(self.folder, sides[1])
 
     def texts(self, limit: int, seed: int = 0) -> Iterator[str]:
         """All text of the records, in an order drawn from seed, up to limit bytes."""
