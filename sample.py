@@ -69,8 +69,9 @@ def main(argv: list[str] | None = None) -> None:
         sampling = {"temperature": args.temperature, "top_k": args.top_k, "mask": args.mask}
         with autocast(device):
             if args.ask:
+                answers = model.ask([pictures] * len(args.ask), args.ask, limit, **sampling)
                 print(reason, file=sys.stderr)
-                for answer in model.ask([pictures] * len(args.ask), args.ask, limit, **sampling):
+                for answer in answers:
                     print(answer.replace("\n", "\\n"))
                 return
             print(f"{reason}; a question a line, Ctrl-D to leave")

@@ -325,13 +325,14 @@ class Run:
         self.device, self.out = device, Path(settings.out)
         self.stage = self.step = 0
         self.best = math.inf    # lowest held-out loss of stage 2: that of model.pt
+        self.losses = []        # of each step since the last evaluation
         self.asked_to_stop = 0  # the signal
         self.waited = self.trained = self.evaluated = 0.0  # seconds of this process
         self.metrics = open(self.out / "metrics.jsonl", "a")
         seconds = 0.0
         if state:
             self.stage, self.step, self.best = state["stage"], state["step"], state["best"]
-            seconds = state["seconds"]
+            self.losses, seconds = state["losses"], state["seconds"]
             model.load_state_dict(state["model"])
             self.metrics.truncate(state["metrics"])
         self.began = time.perf_counter() - seconds
@@ -352,7 +353,8 @@ class Run:
         save_file({"settings": asdict(self.settings), "config": asdict(self.model.config),
                    "merges": self.model.tokenizer.merges, "model": self.model.state_dict(),
                    "optimizers": [o.state_dict() for o in self.optimizers], "stage": self.stage,
-                   "step": self.step, "best": self.best, "metrics": self.metrics.tell(),
+                   "step": self.step, "best": self.best, "losses": self.losses,
+                   "metrics": self.metrics.tell(),
                    "seconds": time.perf_counter() - self.began}, self.out / "last.pt")
         if self.best == math.inf:
             self.model.save(self.out / "model.pt")
@@ -394,23 +396,23 @@ class Run:
                               self.step, s.workers))
         bar = tqdm(total=stage.steps, initial=self.step, desc=stage.name, unit="step",
                    dynamic_ncols=True, mininterval=0.2 if sys.stderr.isatty() else 30)
-        losses, examples, seconds, saved = [], 0, 0.0, clock()
+        examples, seconds, saved = 0, 0.0, clock()
         while self.step < stage.steps and not self.asked_to_stop:
             start = clock()
             batch = next(batches)
             self.waited += clock() - start
-            losses.append(self.update(stage, batch))
+            self.losses.append(self.update(stage, batch))
             seconds += clock() - start
             self.trained += clock() - start
             examples += len(batch.tokens)
             self.step += 1
             bar.update()
-            bar.set_postfix_str(f"loss {np.mean(losses[-50:]):.3f}, "
+            bar.set_postfix_str(f"loss {np.mean(self.losses[-50:]):.3f}, "
                                 f"{examples / seconds:.0f} samples/s", refresh=False)
             last = self.step == stage.steps
             if last or stage.name == "instruct" and self.step % s.eval_every == 0:
-                self.evaluate(stage, np.mean(losses), examples / seconds)
-                losses, examples, seconds = [], 0, 0.0
+                self.evaluate(stage, float(np.mean(self.losses)), examples / seconds)
+                self.losses, examples, seconds = [], 0, 0.0
             if clock() - saved > s.save_every and not last:
                 self.save()
                 saved = clock()

@@ -69,23 +69,24 @@ def problem_with(record, folder: Path, seen: set[str]) -> str | None:
 def parse_list(text: str, path: Path) -> Iterator:
     """The items of a JSON list, one at a time; raises ValueError that says where the text is not one."""
     decoder, space = json.JSONDecoder(), re.compile(r"\s*")
-    start = at = space.match(text).end()
+    at = space.match(text).end()
     if text[at:at + 1] != "[":
         raise ValueError(f"{path}: must be a JSON list of records")
-    try:
-        while text[at:at + 1] == ("," if at > start else "["):
-            at = space.match(text, at + 1).end()
-            if at - 1 == start and text[at] == "]":
-                break
+    at = space.match(text, at + 1).end()
+    more = text[at:at + 1] != "]"
+    while more:
+        try:
             item, at = decoder.raw_decode(text, at)
-            at = space.match(text, at).end()
-            yield item
-    except RecursionError:
-        raise ValueError(f"{path}: nested too deeply, near character {at}") from None
-    except json.JSONDecodeError as e:
-        raise ValueError(f"{path}: not JSON: {e}") from None
+        except RecursionError:
+            raise ValueError(f"{path}: nested too deeply, at character {at}") from None
+        except json.JSONDecodeError as e:
+            raise ValueError(f"{path}: not JSON: {e}") from None
+        yield item
+        at = space.match(text, at).end()
+        more = text[at:at + 1] == ","
+        at = space.match(text, at + more).end()
     if text[at:].strip() != "]":
-        raise ValueError(f"{path}: not a JSON list: expected ',' or ']' at character {at}")
+        raise ValueError(f"{path}: not a JSON list: ',' or ']' expected at character {at}")
 
 
 class Records:
@@ -259,31 +260,39 @@ class Examples(Dataset):
 class Batches(Sampler):
     """Indices of each step's batch, from step `start` to `steps`: a pure function of (seed, step).
 
-    Every example comes once an epoch. Windows of batches are sorted by length, in steps of a fifth, so that batches
-    hold little padding and are still mixed.
+    Every example comes once an epoch, but for the last few that fill no batch. A window of batches
+    is sorted by length, lengths within a fifth of each other counting as equal: little padding, and
+    batches still mixed.
     """
 
-    def __init__(self, lengths: Tensor, batch_size: int, seed: int, steps: int, start: int = 0, window: int = 32):
-        self.groups = (lengths.double().log() / math.log(1.2)).long().numpy()
-        self.batch_size, self.seed, self.steps, self.start, self.window = batch_size, seed, steps, start, window
+    def __init__(self, lengths: Tensor, batch_size: int, seed: list[int], steps: int,
+                 start: int = 0, window: int = 32):
+        self.lengths, self.batch_size, self.seed = lengths.numpy(), batch_size, seed
+        self.steps, self.start, self.window = steps, start, window * batch_size
 
     def __len__(self) -> int:
         return self.steps - self.start
 
     def epoch(self, number: int) -> np.ndarray:
-        rng = np.random.default_rng([self.seed, number])
-        repeats = -(-self.batch_size // len(self.groups))  # fewer examples than a batch: several rounds make one
-        order = np.concatenate([rng.permutation(len(self.groups)) for _ in range(repeats)])
+        """All batches of an epoch, (batches, batch_size)."""
+        rng, n = np.random.default_rng([*self.seed, number]), len(self.lengths)
+        rounds = -(-self.batch_size // n)  # fewer examples than a batch: they come more than once
+        order = np.concatenate([rng.permutation(n) for _ in range(rounds)])
         order = order[:len(order) // self.batch_size * self.batch_size]
-        for at in range(0, len(order), self.window * self.batch_size):
-            part = order[at:at + self.window * self.batch_size]
-            part[:] = part[np.argsort(self.groups[part], kind="stable")]
+        for at in range(0, len(order), self.window):
+            part, least, group = order[at:at + self.window], 0, []
+            part[:] = part[np.argsort(self.lengths[part], kind="stable")]
+            for length in self.lengths[part]:
+                least = length if length > 1.2 * least else least
+                group.append(least)
+            shuffled = rng.permutation(len(part))
+            part[:] = part[shuffled[np.argsort(np.array(group)[shuffled], kind="stable")]]
         return rng.permutation(order.reshape(-1, self.batch_size))
 
     def __iter__(self) -> Iterator[list[int]]:
         number = batches = None
         for step in range(self.start, self.steps):
-            per_epoch = max(1, len(self.groups) // self.batch_size)
+            per_epoch = max(1, len(self.lengths) // self.batch_size)
             if step // per_epoch != number:
                 number = step // per_epoch
                 batches = self.epoch(number)

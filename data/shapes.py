@@ -1,27 +1,29 @@
 """
-The built-in dataset: 96 x 96 scenes of coloured shapes on a 3 x 3 grid, questions in seven tasks, and captions.
+The built-in dataset: 96 x 96 scenes of coloured shapes, questions in seven tasks, and captions.
 
-    python data/shapes.py                                   # data/shapes-seed0, as train.py makes it
-    python data/shapes.py --seed 1 --scenes 2000            # a smaller one, other scenes
+    python data/shapes.py                           # data/shapes-seed0, as train.py makes it
+    python data/shapes.py --seed 1 --scenes 2000    # a smaller one, other scenes
     python data/shapes.py --out /tmp/shapes --scenes 100
 
-It writes the one format that data/README.md describes. A scene depends on the seed, its split and its number alone.
+It writes the one format that data/README.md describes. A scene depends on the seed, its split and
+its number alone.
 """
 import argparse
 import json
-import os
 import random
-import shutil
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Callable
 
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-COLORS = {"red": (214, 39, 40), "green": (44, 150, 44), "blue": (35, 80, 200), "yellow": (240, 200, 20),
-          "purple": (140, 50, 170), "orange": (245, 130, 25)}
+COLORS = {"red": (214, 39, 40), "green": (44, 150, 44), "blue": (35, 80, 200),
+          "yellow": (240, 200, 20), "purple": (140, 50, 170), "orange": (245, 130, 25)}
 SHAPES = ["circle", "square", "triangle", "cross"]
-PLACES = ["top left", "top", "top right", "left", "center", "right", "bottom left", "bottom", "bottom right"]
+PLACES = ["top left", "top", "top right", "left", "center", "right",
+          "bottom left", "bottom", "bottom right"]
 STEPS = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 0)}
 TASKS = ["exist", "count", "where", "at", "attr", "rel", "hop"]
 CELL = 32
@@ -41,8 +43,8 @@ def draw_scene(scene: dict, rng: random.Random) -> Image.Image:
     for place, (color, shape) in scene.items():
         r = rng.randint(10, 13)
         y, x = (CELL * (i + 0.5) + rng.randint(-2, 2) for i in divmod(place, 3))
-        style = {"fill": tuple(min(255, max(0, channel + rng.randint(-14, 14))) for channel in COLORS[color]),
-                 "outline": "white", "width": 2}
+        fill = tuple(min(255, max(0, channel + rng.randint(-14, 14))) for channel in COLORS[color])
+        style = {"fill": fill, "outline": "white", "width": 2}
         if shape == "circle":
             draw.ellipse((x - r, y - r, x + r, y + r), **style)
         elif shape == "square":
@@ -52,7 +54,8 @@ def draw_scene(scene: dict, rng: random.Random) -> Image.Image:
         else:
             w = r / 3
             corners = [(w, r), (w, w), (r, w), (r, -w), (w, -w), (w, -r)]
-            draw.polygon([(x + i, y + j) for i, j in corners] + [(x - i, y - j) for i, j in corners], **style)
+            draw.polygon([(x + i, y + j) for i, j in corners]
+                         + [(x - i, y - j) for i, j in corners], **style)
     return image
 
 
@@ -67,14 +70,15 @@ def name(kind: tuple[str, str]) -> str:
 
 
 def questions(scene: dict, task: str, rng: random.Random) -> list[tuple[str, str]]:
-    """A draw of (question, answer) pairs of one task, possibly empty, such that answers are balanced for each text."""
+    """A draw of (question, answer) pairs of one task, possibly none, balanced for each text."""
     kinds = list(scene.values())
     if task == "exist":
-        absent = [(color, shape) for color in COLORS for shape in SHAPES if (color, shape) not in kinds]
+        absent = [(c, s) for c in COLORS for s in SHAPES if (c, s) not in kinds]
         answer = rng.choice(["yes", "no"])
         return [(f"is there a {name(rng.choice(kinds if answer == 'yes' else absent))}?", answer)]
     if task == "count":
-        words = {color: f"{color} things" for color in COLORS} | {s: f"{s}es" if s == "cross" else f"{s}s" for s in SHAPES}
+        words = {c: f"{c} things" for c in COLORS}
+        words |= {s: f"{s}es" if s == "cross" else f"{s}s" for s in SHAPES}
         by_number = {}
         for word in words:
             by_number.setdefault(sum(word in kind for kind in kinds), []).append(word)
@@ -108,48 +112,87 @@ def questions(scene: dict, task: str, rng: random.Random) -> list[tuple[str, str
     return pairs
 
 
-def make(folder: Path, seed: int = 0, scenes: int = 20000, held_out: int = 600, per_scene: int = 7) -> None:
-    """Write the dataset: `scenes` to train on, `held_out` each for val and test, `per_scene` questions about a scene.
+def describe(scene: dict[int, tuple[str, str]]) -> str:
+    return ", ".join(f"{PLACES[place]} {name(kind)}" for place, kind in scene.items())
 
-    Everything is written beside the folder and renamed at the end, so that a folder that exists is whole.
+
+def ask(scene: dict, questions: Callable, tasks: list[str], n: int, rng: random.Random) -> list:
+    """n of (task, question, answer), tasks in turn; a task without a question asks `count`'s."""
+    tasks, asked = rng.sample(tasks, len(tasks)), []
+    while len(asked) < n:
+        task = tasks[len(asked) % len(tasks)]
+        drawn = questions(scene, task, rng) or questions(scene, "count", rng)
+        asked.append((task, *rng.choice(drawn)))
+    return asked
+
+
+def talk(human: str, gpt: str) -> list[dict]:
+    return [{"from": "human", "value": f"<image>\n{human}"}, {"from": "gpt", "value": gpt}]
+
+
+def write(folder: Path, title: str, scenes: int, held_out: int, random_scene: Callable,
+          show: Callable) -> None:
+    """Write a dataset of scenes, each drawn from title, split and number; raises FileExistsError.
+
+    random_scene(rng) -> dict; show(scene, rng, split) -> (picture, caption, what `ask` returned).
+    Everything is written beside the folder and renamed at the end: a folder that exists is whole.
     """
-    part = Path(f"{folder}.part{os.getpid()}")
-    shutil.rmtree(part, ignore_errors=True)
+    if folder.exists():
+        raise FileExistsError(f"{folder} exists already: remove it, or name another with --out")
+    folder.parent.mkdir(parents=True, exist_ok=True)
     taken, captions = set(), []  # no scene is in two splits
-    with tqdm(total=scenes + 2 * held_out, desc=f"making {folder}", unit="scene", leave=False) as bar:
+    total = scenes + 2 * held_out
+    with (TemporaryDirectory(prefix=f"{folder.name}.part", dir=folder.parent) as beside,
+          tqdm(total=total, desc=f"making {folder}", unit="scene", leave=False) as bar):
+        part = Path(beside) / folder.name
         for split, n in [("test", held_out), ("val", held_out), ("train", scenes)]:
             (part / "images" / split).mkdir(parents=True)
             records = []
             for i in range(n):
-                rng = random.Random(f"shapes {seed} {split} {i}")
+                rng = random.Random(f"{title} {split} {i}")
                 scene = random_scene(rng)
                 while tuple(scene.items()) in taken:
                     scene = random_scene(rng)
                 taken.add(tuple(scene.items()))
+                picture, caption, asked = show(scene, rng, split)
                 image = f"images/{split}/{i:05}.png"
-                draw_scene(scene, rng).save(part / image, compress_level=1)
-                tasks = rng.sample(TASKS, len(TASKS))
-                asked = 0
-                while asked < per_scene:
-                    task = tasks[asked % len(TASKS)]
-                    drawn = questions(scene, task, rng) or questions(scene, "count", rng)
-                    question, answer = rng.choice(drawn)
-                    records.append({"id": f"{split}-{i:05}-{asked}", "image": image, "task": task, "conversations": [
-                        {"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]})
-                    asked += 1
+                picture.save(part / image, compress_level=1)
+                for j, (task, question, answer) in enumerate(asked):
+                    records.append({"id": f"{split}-{i:05}-{j}", "image": image, "task": task,
+                                    "conversations": talk(question, answer)})
                 if split == "train":
-                    text = ", ".join(f"{PLACES[place]} {name(kind)}" for place, kind in scene.items())
-                    captions.append({"id": f"caption-{i:05}", "image": image, "conversations": [
-                        {"from": "human", "value": "<image>\nDescribe the picture."}, {"from": "gpt", "value": text}]})
+                    captions.append({"id": f"caption-{i:05}", "image": image,
+                                     "conversations": talk("Describe the picture.", caption)})
                 bar.update()
             (part / f"{split}.json").write_text(json.dumps(records))
-    (part / "captions.json").write_text(json.dumps(captions))
-    part.rename(folder)
+        (part / "captions.json").write_text(json.dumps(captions))
+        part.rename(folder)
+
+
+def make(folder: Path, seed: int = 0, scenes: int = 20000, held_out: int = 600,
+         per_scene: int = 7) -> None:
+    """Write `scenes` to train on, `held_out` each for val and test, `per_scene` questions each."""
+    def show(scene, rng, split):
+        return draw_scene(scene, rng), describe(scene), ask(scene, questions, TASKS, per_scene, rng)
+
+    write(folder, f"shapes {seed}", scenes, held_out, random_scene, show)
+
+
+def command(make: Callable, dataset: str) -> None:
+    parser = argparse.ArgumentParser(description=f"make the {dataset} dataset", allow_abbrev=False)
+    parser.add_argument("--seed", type=int, default=0, help="others give other scenes (default 0)")
+    parser.add_argument("--scenes", type=int, default=20000, help="to train on (default 20000)")
+    parser.add_argument("--out", type=Path, help=f"folder (default data/{dataset}-seed<seed>)")
+    args = parser.parse_args()
+    try:
+        if args.scenes < 1:
+            raise ValueError(f"--scenes must be at least 1, not {args.scenes}")
+        folder = args.out or Path(__file__).parent / f"{dataset}-seed{args.seed}"
+        make(folder, args.seed, args.scenes)
+    except (ValueError, OSError) as e:
+        print(f"{Path(sys.argv[0]).name}: {e}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="make the shapes dataset", allow_abbrev=False)
-    parser.add_argument("--seed", type=int, default=0, help="other seeds give other scenes (default 0)")
-    parser.add_argument("--out", type=Path, help="folder to write (default data/shapes-seed<seed>)")
-    args = parser.parse_args()
-    make(args.out or Path(__file__).parent / f"shapes-seed{args.seed}", args.seed)
+    command(make, "shapes")

@@ -1,0 +1,117 @@
+"""
+Another dataset: 96 x 96 mosaics of scanned handwritten digits, questions in seven tasks, captions.
+
+    pip install scikit-learn                        # it holds the scans: 1,797 of 8 x 8 pixels
+    python data/digits.py                           # data/digits-seed0
+    python data/digits.py --seed 1 --scenes 2000    # a smaller one, other mosaics and another split
+    python train.py --data data/digits-seed0 --out out/digits
+
+It writes the one format that data/README.md describes. The scans are split before any mosaic is
+made: val and test show scans that training never saw. A mosaic depends on the seed, its split and
+its number alone.
+"""
+import random
+import sys
+from pathlib import Path
+
+from PIL import Image
+
+if __name__ == "__main__":  # a script's folder is on the path, the repository's root is not
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from data.shapes import CELL, PLACES, STEPS, ask, command, neighbour, write
+
+DIGITS = "0123456789"
+LINES = {"top row": (0, 1, 2), "middle row": (3, 4, 5), "bottom row": (6, 7, 8),
+         "left column": (0, 3, 6), "middle column": (1, 4, 7), "right column": (2, 5, 8)}
+TASKS = ["exist", "count", "where", "at", "rel", "sum", "max"]
+
+
+def split_scans(seed: int) -> dict[str, dict[str, list[Image.Image]]]:
+    """Split -> digit -> 8 x 8 grey scans: 30 of each digit for val, 30 for test, others for train.
+
+    Raises ValueError without scikit-learn.
+    """
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as e:
+        raise ValueError(f"the scans are in scikit-learn: pip install scikit-learn ({e})") from None
+    data, rng = load_digits(), random.Random(f"digits {seed} scans")
+    splits = {"val": {}, "test": {}, "train": {}}
+    for digit in DIGITS:
+        scans = [Image.fromarray((ink * 255 / 16).astype("uint8"))  # a pixel's ink is 0 to 16
+                 for ink in data.images[data.target == int(digit)]]
+        rng.shuffle(scans)
+        for split, part in zip(splits, [scans[:30], scans[30:60], scans[60:]]):
+            splits[split][digit] = part
+    return splits
+
+
+def random_scene(rng: random.Random) -> dict[int, str]:
+    """5 to 9 digits, some equal: place (0-8, row by row) -> digit. Each task has a question."""
+    while True:
+        n = rng.randint(5, 9)
+        some = rng.sample(DIGITS, rng.randint(4, 8))
+        scene = dict(zip(sorted(rng.sample(range(9), n)), rng.choices(some, k=n)))
+        if all(questions(scene, task, rng) for task in TASKS):
+            return scene
+
+
+def draw_scene(scene: dict[int, str], rng: random.Random, scans: dict) -> Image.Image:
+    """The scene as a grey picture: scan, place, size and shades vary; ink is always lighter."""
+    image = Image.new("L", (3 * CELL, 3 * CELL), rng.randint(110, 146))
+    for place, digit in scene.items():
+        side = rng.randint(24, 28)
+        scan = rng.choice(scans[digit]).resize((side, side), Image.Resampling.BICUBIC)
+        y, x = (CELL * i + (CELL - side) // 2 + rng.randint(-2, 2) for i in divmod(place, 3))
+        image.paste(rng.randint(235, 255), (x, y), scan)
+    return image
+
+
+def questions(scene: dict[int, str], task: str, rng: random.Random) -> list[tuple[str, str]]:
+    """A draw of (question, answer) pairs of one task, possibly none, balanced for each text."""
+    digits = list(scene.values())
+    if task == "exist":
+        answer = rng.choice(["yes", "no"])
+        digit = rng.choice([d for d in DIGITS if (d in digits) == (answer == "yes")])
+        return [(f"is there {'an' if digit == '8' else 'a'} {digit}?", answer)]
+    if task == "count":
+        by_number = {}
+        for digit in DIGITS:
+            by_number.setdefault(digits.count(digit), []).append(digit)
+        number = rng.choice(sorted(by_number))  # each number that occurs is as likely as the others
+        return [(f"how many {rng.choice(by_number[number])}s are there?", str(number))]
+    if task == "at":
+        return [(f"which digit is at the {PLACES[place]}?", d) for place, d in scene.items()]
+    if task == "max":
+        lines = {line: [scene[p] for p in LINES[line] if p in scene] for line in LINES}
+        return [(f"what is the largest digit in the {line}?", max(found))
+                for line, found in lines.items() if len(found) > 1]
+    unique = {place: digit for place, digit in scene.items() if digits.count(digit) == 1}
+    if task == "where":
+        return [(f"where is the {digit}?", PLACES[place]) for place, digit in unique.items()]
+    near = [(digit, step, scene[neighbour(place, step)]) for place, digit in unique.items()
+            for step in STEPS if neighbour(place, step) in scene]
+    if task == "rel":
+        return [(f"which digit is {step} the {digit}?", other) for digit, step, other in near]
+    return [(f"what is the sum of the {digit} and the digit {step} it?",
+             str(int(digit) + int(other))) for digit, step, other in near]
+
+
+def describe(scene: dict[int, str]) -> str:
+    return ", ".join(f"{PLACES[place]} {digit}" for place, digit in scene.items())
+
+
+def make(folder: Path, seed: int = 0, scenes: int = 20000, held_out: int = 600,
+         per_scene: int = 7) -> None:
+    """Write the dataset, as shapes.make does; raises ValueError without scikit-learn."""
+    scans = split_scans(seed)
+
+    def show(scene, rng, split):
+        return (draw_scene(scene, rng, scans[split]), describe(scene),
+                ask(scene, questions, TASKS, per_scene, rng))
+
+    write(folder, f"digits {seed}", scenes, held_out, random_scene, show)
+
+
+if __name__ == "__main__":
+    command(make, "digits")

@@ -1,0 +1,660 @@
+"""Config, model, loss, generation, ask, checkpoints, and pictures made square."""
+import io
+import random
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import nanoaki
+from conftest import VISUAL, alone, fill, padded, random_roles, tiny_config, tiny_model
+from nanoaki import (ANSWER, IMAGE, PAD, PRESETS, PROMPT, Block, NanoAKI, Projector, Tokenizer,
+                     fit_picture)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model()
+
+
+def text(*roles_and_lengths):
+    return torch.tensor([[role for role, n in roles_and_lengths for _ in range(n)]])
+
+
+# Config and presets ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad, named", [
+    (dict(n_embd=32, n_head=3), ("n_embd 32", "n_head 3")),
+    (dict(vit_embd=32, vit_head=5), ("vit_embd 32", "vit_head 5")),
+    (dict(image_size=10), ("image_size 10", "patch_size 4")),
+    (dict(image_size=4, patch_size=8), ("image_size 4", "patch_size 8")),
+    (dict(image_size=12, merge=2), ("merge 2", "3 patches")),
+    (dict(block_size=4), ("block_size 4", "4 visual tokens")),
+    (dict(vocab_size=0), ("vocab_size", "0")), (dict(n_layer=-1), ("n_layer", "-1")),
+    (dict(n_embd=32.0), ("n_embd", "32.0")), (dict(merge="2"), ("merge", "'2'")),
+    (dict(dropout=1.0), ("dropout", "1.0")), (dict(dropout=-0.5), ("dropout", "-0.5")),
+    (dict(mask="mna"), ("'mna'", "mma")),
+])
+def test_bad_config_is_a_value_error_that_names_both_values(bad, named):
+    with pytest.raises(ValueError) as e:
+        tiny_config(**bad)
+    assert all(name in str(e.value) for name in named) and "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("name, low, high", [("nano", 0.7e6, 0.9e6), ("small", 10e6, 30e6),
+                                             ("base", 205e6, 216e6)])
+def test_presets_have_the_promised_number_of_parameters(name, low, high):
+    with torch.device("meta"):
+        model = NanoAKI(PRESETS[name])
+    parts = {part: sum(p.numel() for p in getattr(model, part).parameters())
+             for part in ("vit", "projector", "decoder")}
+    assert low <= sum(parts.values()) <= high
+    if name == "base":  # GPT-2 124M and ViT-B/16 86M
+        assert parts["decoder"] == pytest.approx(124.4e6, rel=0.01)
+        assert parts["vit"] == pytest.approx(86e6, rel=0.02)
+
+
+# Picture to visual tokens ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("image_size, merge, count", [(8, 1, 4), (16, 1, 16), (16, 2, 4), (24, 3, 4),
+                                                      (16, 4, 1), (24, 2, 9)])
+def test_visual_tokens_counts_what_the_projector_makes(image_size, merge, count):
+    config = tiny_config(image_size=image_size, merge=merge)
+    model = NanoAKI(config)
+    visual = model.projector(model.vit(torch.zeros(2, 3, image_size, image_size, dtype=torch.uint8)))
+    assert config.visual_tokens == count and visual.shape == (2, count, 32)
+
+
+@pytest.mark.parametrize("side, merge", [(2, 1), (4, 2), (6, 2), (6, 3)])
+def test_merge_concatenates_exactly_the_neighbouring_patches(side, merge):
+    projector = Projector(tiny_config(image_size=4 * side, merge=merge))
+    seen = []
+    projector.up.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    x = torch.randn(2, side * side, 32)
+    projector(x)
+    grid = x.view(2, side, side, 32)
+    blocks = [torch.cat([grid[:, r + i, c + j] for i in range(merge) for j in range(merge)], -1)
+              for r in range(0, side, merge) for c in range(0, side, merge)]
+    assert torch.equal(seen[0], torch.stack(blocks, 1))
+
+
+@pytest.mark.parametrize("merge", [1, 2])
+def test_a_block_of_pixels_reaches_exactly_its_visual_token(merge):
+    model = tiny_model(image_size=16, merge=merge)
+    full, local = tiny_model(image_size=16, merge=merge).vit, model.vit
+    local.blocks = torch.nn.ModuleList()  # without attention a patch stays where it is
+    g = torch.Generator().manual_seed(0)
+    image = torch.randint(0, 256, (1, 3, 16, 16), generator=g, dtype=torch.uint8)
+    for row in range(4):
+        for column in range(4):
+            other = image.clone()
+            other[..., 4 * row:4 * row + 4, 4 * column:4 * column + 4] += 99
+            moved = (model.projector(local(image)) != model.projector(local(other))).any(-1)[0]
+            assert moved.nonzero().tolist() == [[row // merge * (4 // merge) + column // merge]]
+    assert (model.projector(full(image)) != model.projector(full(other))).any(-1).all()
+
+
+def test_one_block_class_serves_encoder_and_decoder(model):
+    shapes = [{name: p.shape for name, p in block.named_parameters()}
+              for block in (*model.vit.blocks, *model.decoder.blocks)]
+    assert all(type(b) is Block for b in (*model.vit.blocks, *model.decoder.blocks))
+    assert all(shape == shapes[0] for shape in shapes)
+    block, x = model.decoder.blocks[0], torch.randn(2, 5, 32, dtype=torch.float64)
+    all_open = torch.ones(2, 1, 5, 5, dtype=torch.bool)
+    assert torch.allclose(block(x), block(x, all_open))
+    assert not torch.allclose(block(x), block(x, all_open.tril()))  # only the mask tells them apart
+
+
+def test_head_is_tied_to_the_token_embedding(model):
+    weights = [p for p in model.parameters() if 300 in p.shape]
+    assert len(weights) == 1 and weights[0] is model.decoder.token.weight
+    roles = text((PROMPT, 6))
+    _, tokens = fill(roles)
+    expected = model.hidden(None, tokens, roles) @ weights[0].T
+    assert torch.allclose(model(None, tokens, roles)[0], expected)
+
+
+def test_each_image_goes_to_its_own_tokens_in_their_order(model):
+    roles = torch.cat([text((IMAGE, 4), (PROMPT, 2), (IMAGE, 4)), text((PROMPT, 6), (IMAGE, 4))])
+    images, tokens = fill(roles)
+    x = model.embed(images, tokens, roles)
+    position = model.decoder.position.weight
+    visual = model.projector(model.vit(images))
+    for image, (row, start) in enumerate([(0, 0), (0, 6), (1, 6)]):
+        there = x[row, start:start + 4] - position[start:start + 4]
+        assert torch.allclose(there, visual[image])
+        assert not torch.allclose(there, visual[image - 1])
+    words = model.decoder.token(tokens) + position[:10]
+    assert torch.allclose(x[roles == PROMPT], words[roles == PROMPT])
+
+
+# Forward and loss --------------------------------------------------------------------------------
+
+
+def loss_batch(dtype=torch.float64):
+    roles = random_roles(12, seed=5)
+    images, tokens = fill(roles)
+    targets = torch.where(roles == ANSWER, tokens, -100)
+    targets[::3, -3:] = -100  # not every answer token needs a loss
+    return tiny_model(dtype), (images, tokens, roles, targets)
+
+
+def loss_by_hand(logits, targets, shift=1):
+    terms = [-logits[b, t - shift].log_softmax(-1)[targets[b, t]] for b in range(len(targets))
+             for t in range(1, targets.shape[1]) if targets[b, t] != -100]
+    return sum(terms) / len(terms)
+
+
+def test_loss_is_the_mean_over_targets_that_are_aligned_not_shifted():
+    model, batch = loss_batch()
+    logits, loss = model(*batch)
+    assert loss.item() == pytest.approx(loss_by_hand(logits, batch[3]).item(), rel=1e-5)
+    assert loss.item() != pytest.approx(loss_by_hand(logits, batch[3], shift=0).item(), rel=1e-2)
+    assert model(*batch[:3])[1] is None
+
+
+@pytest.mark.parametrize("mask", [None, "causal"])
+def test_loss_without_logits_equals_forwards_loss_and_gradients(mask):
+    model, batch = loss_batch()
+
+    def gradients(loss):
+        return torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
+
+    logits, loss = model(*batch, mask=mask)
+    short = model.loss(*batch, mask=mask)
+    assert torch.equal(loss, short) and loss != model.loss(*batch, mask="prefix")
+    by_hand = gradients(loss_by_hand(logits, batch[3]))
+    for ours, full, hand in zip(gradients(short), gradients(loss), by_hand, strict=True):
+        assert torch.allclose(ours, full, atol=1e-12) and torch.allclose(ours, hand, atol=1e-5)
+        assert hand.abs().max() > 1e-4  # every parameter takes part
+
+
+@pytest.mark.parametrize("role", [PAD, IMAGE, PROMPT])
+def test_targets_outside_answer_are_refused(model, role):
+    roles = text((IMAGE, 4), (PROMPT, 3), (ANSWER, 2), (PAD, 1))
+    images, tokens = fill(roles)
+    targets = torch.where(roles == ANSWER, tokens, -100)
+    model.loss(images, tokens, roles, targets)
+    targets[0, (roles[0] == role).nonzero()[-1]] = 0
+    for call in (model, model.loss):
+        with pytest.raises(ValueError, match="ANSWER"):
+            call(images, tokens, roles, targets)
+
+
+def test_examples_without_picture_stand_beside_those_with_one(model):
+    roles = torch.cat([text((PROMPT, 6), (ANSWER, 3)), text((IMAGE, 4), (PROMPT, 2), (ANSWER, 3)),
+                       text((PROMPT, 6), (ANSWER, 3))])
+    images, tokens = fill(roles)
+    logits = model(images, tokens, roles)[0]
+    for row, single in enumerate(alone(images, tokens, roles)):
+        assert torch.allclose(logits[row], model(*single)[0][0])
+    assert not torch.allclose(logits[1], model(255 - images, tokens, roles)[0][1])
+
+
+def test_a_batch_without_any_picture_works_and_trains(model):
+    roles = text((PROMPT, 4), (ANSWER, 3)).expand(2, -1)
+    _, tokens = fill(roles)
+    none = model(None, tokens, roles)[0]
+    assert torch.equal(none, model(torch.zeros(0, 3, 8, 8, dtype=torch.uint8), tokens, roles)[0])
+    trained = tiny_model()
+    trained.loss(None, tokens, roles, torch.where(roles == ANSWER, tokens, -100)).backward()
+    assert trained.decoder.token.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("count", [None, 1, 3])
+def test_a_wrong_number_of_images_is_refused_with_both_numbers(model, count):
+    roles = text((IMAGE, 8), (PROMPT, 2))
+    images, tokens = fill(roles)
+    model(images, tokens, roles)
+    wrong = None if count is None else torch.zeros(count, 3, 8, 8, dtype=torch.uint8)
+    with pytest.raises(ValueError, match=rf"8 IMAGE.* {count or 0} images"):
+        model(wrong, tokens, roles)
+
+
+def test_a_sequence_longer_than_block_size_is_refused_with_both_numbers(model):
+    roles = torch.cat([text((PROMPT, 64), (PAD, 9)), text((PAD, 70), (PROMPT, 3))])
+    _, tokens = fill(roles)
+    assert model(None, tokens, roles)[0].shape == (2, 73, 300)  # padding does not count
+    roles[0, 64] = ANSWER
+    with pytest.raises(ValueError, match=r"\b65\b.*\b64\b"):
+        model(None, tokens, roles)
+
+
+def test_mask_none_is_the_configs_and_an_unknown_mask_is_refused():
+    model, roles = tiny_model(mask="prefix"), text((IMAGE, 4), (PROMPT, 4))
+    images, tokens = fill(roles)
+    logits = {mask: model(images, tokens, roles, mask=mask)[0] for mask in (None, "prefix", "mma")}
+    assert torch.equal(logits[None], logits["prefix"])
+    assert not torch.allclose(logits[None], logits["mma"])
+    with pytest.raises(ValueError, match="mna"):
+        model(images, tokens, roles, mask="mna")
+
+
+# Generation --------------------------------------------------------------------------------------
+
+PROMPTS = [text((PROMPT, 3)), text((IMAGE, 4), (PROMPT, 7)), text((IMAGE, 4), (PROMPT, 2), (IMAGE, 4)),
+           text((IMAGE, 8), (PROMPT, 1)), text((PROMPT, 2), (IMAGE, 4), (PROMPT, 3))]
+
+
+def prompts(where="mixed", length=12):
+    rng = random.Random(1)
+    sides = ["left", "right", "middle", "any", "left"] if where == "mixed" else [where] * 5
+    roles = torch.tensor([padded(r[0].tolist(), length, side, rng) for r, side in zip(PROMPTS, sides)])
+    images, tokens = fill(roles)
+    return images, tokens, roles
+
+
+@pytest.mark.parametrize("mask", ["causal", "mma", "prefix", "image"])
+@pytest.mark.parametrize("where", ["left", "right", "mixed"])
+def test_generate_of_a_padded_batch_equals_one_by_one(model, where, mask):
+    batch = prompts(where)
+    rows = model.generate(*batch, 8, mask=mask)
+    assert rows == [model.generate(*single, 8, mask=mask)[0] for single in alone(*batch)]
+    images, tokens, roles = batch
+    assert len({tuple(row) for row in rows}) > 3 and max(len(set(row)) for row in rows) > 3
+    assert rows != model.generate(images.flip(0), tokens, roles, 8, mask=mask)
+    assert rows != model.generate(images, tokens, roles.where(roles != PAD, PROMPT), 8, mask=mask)
+
+
+def greedy_without_cache(model, images, tokens, roles, n):
+    new = []
+    for _ in range(n):
+        new.append(model(images, tokens, roles)[0][0, -1].argmax().item())
+        tokens = torch.cat([tokens, torch.tensor([new[-1:]])], 1)
+        roles = F.pad(roles, (0, 1), value=ANSWER)
+    return new
+
+
+def test_generate_equals_greedy_decoding_without_cache(model):
+    for single in alone(*prompts()):
+        assert model.generate(*single, 8) == [greedy_without_cache(model, *single, 8)]
+
+
+def schedule_eos(model, monkeypatch, steps):
+    """Make row i's <eos> the likeliest at step steps[i] and impossible at any other."""
+    head, count = model.decoder.head, iter(range(1000))
+
+    def scheduled(x):
+        logits, step = head(x), next(count)
+        logits[:, Tokenizer.eos] = torch.tensor([1e9 if step == s else -1e9 for s in steps]).to(x)
+        return logits
+
+    monkeypatch.setattr(model.decoder, "head", scheduled)
+
+
+def test_a_row_stops_at_eos_which_is_not_returned_while_others_go_on(model, monkeypatch):
+    with monkeypatch.context() as m:
+        schedule_eos(model, m, [None] * 5)
+        free = model.generate(*prompts(), 6)
+    assert [len(row) for row in free] == [6] * 5
+    stops = [0, 2, 5, None, 3]
+    with monkeypatch.context() as m:
+        schedule_eos(model, m, stops)
+        assert model.generate(*prompts(), 6) == [row[:stop] for row, stop in zip(free, stops)]
+
+
+def test_stream_yields_none_for_a_row_that_has_ended_and_stops_when_all_have(model, monkeypatch):
+    schedule_eos(model, monkeypatch, [0, 2, 1, 3, 2])
+    steps = list(model.stream(*prompts(), 50))
+    ended = [[new is None for new in step] for step in steps]
+    assert ended == [[step >= stop for stop in (0, 2, 1, 3, 2)] for step in range(3)]
+
+
+def test_generate_stops_at_eos_that_the_weights_prefer():
+    model = tiny_model()
+    with torch.no_grad():
+        model.decoder.norm.bias.fill_(9.0)
+        model.decoder.token.weight[Tokenizer.eos] = 9.0
+    assert model.generate(*prompts(), 6) == [[]] * 5
+
+
+@pytest.mark.parametrize("most", [0, 1, 5])
+def test_generate_makes_at_most_max_new_tokens(model, monkeypatch, most):
+    schedule_eos(model, monkeypatch, [None] * 5)
+    assert [len(row) for row in model.generate(*prompts(), most)] == [most] * 5
+
+
+def test_generate_ends_at_each_rows_last_position(model, monkeypatch):
+    schedule_eos(model, monkeypatch, [None] * 5)
+    rows = model.generate(*prompts(length=30), 1000)
+    assert [len(row) for row in rows] == [64 - r.shape[1] for r in PROMPTS]
+
+
+def test_generate_refuses_a_prompt_that_leaves_no_room(model):
+    roles = text((PROMPT, 64))
+    _, tokens = fill(roles)
+    with pytest.raises(ValueError, match="64 tokens.*64 positions"):
+        model.generate(None, tokens, roles, 5)
+    assert len(model.generate(None, tokens[:, 1:], roles[:, 1:], 5)[0]) <= 1
+
+
+def test_temperature_and_top_k_draw_from_the_softmax():
+    g = torch.Generator().manual_seed(0)
+    logits = torch.randn(12, generator=g)
+    torch.manual_seed(0)
+    for temperature, top_k in [(1.0, None), (0.5, None), (2.0, 4), (1.0, 100)]:
+        kept = logits.topk(min(top_k or 12, 12)).indices
+        expected = torch.zeros(12)
+        expected[kept] = (logits[kept] / temperature).softmax(0)
+        drawn = nanoaki.choose(logits.expand(20000, -1), temperature, top_k)
+        counts = drawn.bincount(minlength=12) / 20000
+        assert (counts - expected).abs().max() < 0.02 and not counts[expected == 0].any()
+    assert (expected - (logits / 3).softmax(0)).abs().max() > 0.04  # another temperature would show
+
+
+def test_top_k_of_one_is_greedy_and_sampling_repeats_with_the_seed(model):
+    def sample(seed, **how):
+        torch.manual_seed(seed)
+        return model.generate(*prompts(), 8, **how)
+
+    assert sample(0, temperature=3.0, top_k=1) == sample(1)
+    assert sample(0, temperature=1.0) == sample(0, temperature=1.0) != sample(1, temperature=1.0)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_generate_leaves_the_mode_as_it_was_even_if_it_raises(training):
+    model, too_long = tiny_model().train(training), text((PROMPT, 64))
+    model.generate(*prompts(), 2)
+    assert all(module.training is training for module in model.modules())
+    with pytest.raises(ValueError):
+        model.generate(None, torch.zeros_like(too_long), too_long, 2)
+    assert all(module.training is training for module in model.modules())
+
+
+def test_generate_drops_nothing_in_train_mode():
+    model = tiny_model(dropout=0.5)
+    calm = model.generate(*prompts(), 8)
+    model.train()
+    assert not torch.equal(model(*prompts())[0], model(*prompts())[0])  # dropout is on
+    assert model.generate(*prompts(), 8) == model.generate(*prompts(), 8) == calm
+
+
+# Asking ------------------------------------------------------------------------------------------
+
+QUESTIONS = ["what?", "what color is the circle?", "is it left of <image>?"]
+
+
+@pytest.fixture(scope="module")
+def speaker():
+    return tiny_model(tokenizer=Tokenizer.train(QUESTIONS * 9, 300), block_size=48)
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    rng = np.random.default_rng(0)
+    return [Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8))
+            for h, w in ((8, 8), (30, 11), (7, 20))]
+
+
+def test_ask_gives_one_answer_for_one_question_and_a_list_for_a_list(speaker, pictures):
+    a, b, _ = pictures
+    one = speaker.ask(a, "what?")
+    assert isinstance(one, str) and speaker.ask([a], "what?") == one
+    assert speaker.ask([a], ["what?"]) == speaker.ask(a, ["what?"]) == [one]
+    assert speaker.ask([[a]], ["what?"]) == [one]
+    two = speaker.ask([a, b], "what?")  # one question about two pictures
+    assert speaker.ask([[a, b]], ["what?"]) == [two]
+    blind = speaker.ask(None, "what?")
+    assert speaker.ask([], "what?") == blind
+    assert speaker.ask(None, ["what?"]) == speaker.ask([None], ["what?"]) == [blind]
+    swapped = speaker.ask([b, a], "what?")
+    assert len({one, two, swapped, blind, speaker.ask(b, "what?")}) == 5
+
+
+def test_ask_answers_a_batch_as_one_by_one(speaker, pictures):
+    a, b, c = pictures
+    images = [a, [b, c], None, [c], [], b, [a, a]]
+    questions = [q.replace("<image>", "it") for q in QUESTIONS * 2 + QUESTIONS[:1]]
+    answers = speaker.ask(images, questions)
+    assert answers == [speaker.ask(i, q) for i, q in zip(images, questions)]
+    assert answers != speaker.ask(images[::-1], questions) and len(set(answers)) > 5
+    assert speaker.ask(a, questions) == [speaker.ask(a, q) for q in questions]      # one image for all
+    assert speaker.ask(None, questions) == [speaker.ask(None, q) for q in questions]
+
+
+def test_ask_puts_the_picture_where_image_is_written(speaker, pictures):
+    written = speaker.ask(pictures[0], "is it left of <image>?")
+    assert written != speaker.ask(pictures[0], "is it left of ?")
+    assert speaker.ask(pictures[0], "<image>\nwhat?") == speaker.ask(pictures[0], "what?")
+    with pytest.raises(ValueError, match="1 <image>.*2 pictures"):
+        speaker.ask(pictures[:2], "is it left of <image>?")
+
+
+def test_ask_passes_limits_sampling_and_mask_on(speaker, pictures):
+    everything = speaker.ask(pictures[0], "what?")
+    first = speaker.ask(pictures[0], "what?", max_new_tokens=2)
+    assert len(first) < len(everything) and speaker.ask(None, "what?", max_new_tokens=0) == ""
+    assert speaker.ask(pictures[0], "what?", mask="causal") != everything
+    assert speaker.ask(pictures[0], "what?", temperature=2.0, top_k=1) == everything
+    assert speaker.ask(pictures[0], "what?", temperature=2.0) != everything
+
+
+def test_ask_refuses_what_does_not_fit(model, speaker, pictures):
+    with pytest.raises(ValueError, match="tokenizer"):
+        model.ask(None, "what?")
+    with pytest.raises(ValueError, match="2 .*3 questions"):
+        speaker.ask(pictures[:2], QUESTIONS)
+    with pytest.raises(ValueError, match=r"\b48\b"):
+        speaker.ask(None, "0123456789" * 5)
+
+
+def test_model_refuses_a_tokenizer_with_more_tokens_than_its_vocabulary():
+    tokenizer = Tokenizer.train(["ab ab ab abc abc"], 262)
+    NanoAKI(tiny_config(vocab_size=262), tokenizer)
+    with pytest.raises(ValueError, match="262.*261"):
+        NanoAKI(tiny_config(vocab_size=261), tokenizer)
+
+
+# Checkpoints -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def saved(tmp_path):
+    model = tiny_model(torch.float32, Tokenizer.train(QUESTIONS, 280), mask="prefix", dropout=0.1)
+    model.save(tmp_path / "model.pt")
+    return model, tmp_path / "model.pt"
+
+
+def test_a_saved_model_returns_bit_for_bit_with_config_and_tokenizer(saved):
+    model, path = saved
+    loaded = NanoAKI.load(path)
+    assert not loaded.training and loaded.config == model.config
+    assert loaded.tokenizer.merges == model.tokenizer.merges and len(loaded.tokenizer) > 260
+    assert loaded.tokenizer.encode(QUESTIONS[1]) == model.tokenizer.encode(QUESTIONS[1])
+    assert torch.equal(loaded(*prompts())[0], model(*prompts())[0])
+    assert not torch.equal(NanoAKI(model.config).eval()(*prompts())[0], model(*prompts())[0])
+
+
+def test_a_model_without_tokenizer_is_saved_and_loaded_by_string_path(tmp_path):
+    model, path = tiny_model(torch.float32), str(tmp_path / "model.pt")
+    model.save(path)
+    loaded = NanoAKI.load(path)
+    assert loaded.tokenizer is None and torch.equal(loaded(*prompts())[0], model(*prompts())[0])
+
+
+def change(**changes):
+    def write(path):
+        state = torch.load(path, weights_only=True)
+        state["config"] |= changes.get("config", {})
+        torch.save(state | {k: v for k, v in changes.items() if k != "config"}, path)
+    return write
+
+
+@pytest.mark.parametrize("spoil", [
+    lambda path: path.unlink(),
+    lambda path: path.write_bytes(b""),
+    lambda path: path.write_bytes(bytes(range(256)) * 40),
+    lambda path: path.write_text("{}\n"),
+    lambda path: path.write_bytes(path.read_bytes()[:-1000]),
+    lambda path: path.write_bytes(path.read_bytes()[:1000]),
+    lambda path: torch.save([1, 2], path),
+    lambda path: torch.save({"model": {}}, path),
+    lambda path: torch.save(torch.nn.Linear(2, 2), path),
+    lambda path: (path.unlink(), path.mkdir()),
+    change(config=dict(vocab_size=299)),
+    change(config=dict(vocab_size=261)),
+    change(config=dict(n_head=3)),
+    change(config=dict(n_heads=2)),
+    change(merges=[[97, 98]] * 100),
+    change(model={}),
+], ids=["missing", "empty", "garbage", "text", "no end", "no middle", "a list", "a foreign dict",
+        "a pickled module", "a folder", "weights of another vocabulary", "vocabulary under tokenizer",
+        "bad config", "unknown field", "too many merges", "no weights"])
+def test_load_names_the_file_in_one_line_whatever_it_holds(saved, spoil):
+    _, path = saved
+    spoil(path)
+    with pytest.raises(ValueError) as e:
+        NanoAKI.load(path)
+    assert str(path) in str(e.value) and "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("stop", [OSError("disk full"), KeyboardInterrupt()])
+def test_save_writes_whole_or_not_at_all(saved, monkeypatch, stop):
+    model, path = saved
+    before = path.read_bytes()
+
+    def half(state, file, *args, **kwargs):
+        file.write(b"half of a checkpoint")
+        raise stop
+
+    with monkeypatch.context() as m:
+        m.setattr(torch, "save", half)
+        with pytest.raises(type(stop)):
+            model.save(path)
+    assert path.read_bytes() == before and [p.name for p in path.parent.iterdir()] == ["model.pt"]
+    with torch.no_grad():
+        model.decoder.token.weight += 1
+    model.save(path)  # the control: without the failure the file is another, and alone
+    assert path.read_bytes() != before and [p.name for p in path.parent.iterdir()] == ["model.pt"]
+
+
+# Pictures ----------------------------------------------------------------------------------------
+
+
+def pixels(image, size=8):
+    tensor = fit_picture(image, size)
+    assert tensor.shape == (3, size, size) and tensor.dtype == torch.uint8
+    return tensor.permute(1, 2, 0).numpy()                                            # (size, size, 3)
+
+
+def through_file(image, kind="PNG", **options):
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return Image.open(io.BytesIO(file.getvalue()))
+
+
+@pytest.fixture
+def square():
+    return np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+
+
+def test_a_picture_of_the_right_size_is_unchanged_pixel_for_pixel(square):
+    assert (pixels(Image.fromarray(square)) == square).all()
+    assert (pixels(through_file(Image.fromarray(square))) == square).all()
+
+
+UPRIGHT = {1: lambda s: s, 2: np.fliplr, 3: lambda s: np.rot90(s, 2), 4: np.flipud,
+           5: lambda s: s.swapaxes(0, 1), 6: lambda s: np.rot90(s, -1),
+           7: lambda s: np.rot90(s.swapaxes(0, 1), 2), 8: np.rot90}
+
+
+@pytest.mark.parametrize("orientation", UPRIGHT)
+def test_exif_orientation_is_followed(square, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image = through_file(Image.fromarray(square), exif=exif)
+    assert (pixels(image) == UPRIGHT[orientation](square)).all()
+    assert (pixels(image) == square).all() == (orientation == 1)
+
+
+def test_exif_rotation_comes_before_the_letterbox():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    tall = pixels(through_file(Image.new("RGB", (16, 4), "red"), exif=exif))
+    assert (tall[:, 3:5] == (255, 0, 0)).all() and (tall[:, [0, 1, 2, 5, 6, 7]] == 128).all()
+
+
+def test_palette_becomes_its_colors(square):
+    image = Image.fromarray(square).quantize(16)
+    assert (pixels(image) == np.asarray(image.convert("RGB"))).all()
+    assert (pixels(through_file(image)) == pixels(image)).all()
+
+
+@pytest.mark.parametrize("table", [0, bytes([0, 255])])
+def test_transparent_palette_entry_becomes_white(table):
+    image = Image.new("P", (8, 8), 1)
+    image.putpalette([0, 0, 255, 255, 0, 0])                                          # blue, red
+    image.putpixel((2, 5), 0)
+    found = pixels(through_file(image, transparency=table))
+    assert tuple(found[5, 2]) == (255, 255, 255) and tuple(found[0, 0]) == (255, 0, 0)
+
+
+@pytest.mark.parametrize("mode, color, on_white", [
+    ("RGBA", (255, 0, 0, 255), (255, 0, 0)), ("RGBA", (255, 0, 0, 0), (255, 255, 255)),
+    ("RGBA", (255, 0, 0, 128), (255, 127, 127)), ("LA", (0, 255), (0, 0, 0)),
+    ("LA", (0, 0), (255, 255, 255)), ("LA", (0, 128), (127, 127, 127)),
+    ("L", 77, (77, 77, 77)), ("1", 1, (255, 255, 255)), ("1", 0, (0, 0, 0)),
+    ("RGB", (1, 2, 3), (1, 2, 3)), ("RGBX", (1, 2, 3, 0), (1, 2, 3)),
+    ("CMYK", (0, 255, 255, 0), (255, 0, 0)), ("CMYK", (0, 0, 0, 255), (0, 0, 0)),
+    ("YCbCr", (255, 128, 128), (255, 255, 255)), ("HSV", (0, 255, 255), (255, 0, 0)),
+    ("I;16", 65535, (255, 255, 255)), ("I;16", 32768, (127, 127, 127)), ("I;16", 0, (0, 0, 0)),
+    ("I;16B", 65535, (255, 255, 255)), ("I", 65535, (255, 255, 255)), ("I", 257 * 50, (50, 50, 50)),
+])
+def test_modes_become_their_color_on_white(mode, color, on_white):
+    for size in ((8, 8), (5, 5)):
+        found = pixels(Image.new(mode, size, color)).astype(int)
+        assert abs(found - on_white).max() <= 1
+
+
+def test_sixteen_bit_grey_keeps_its_range_through_a_file():
+    ramp = np.linspace(0, 65535, 64).round().astype(np.uint16).reshape(8, 8)
+    image = through_file(Image.fromarray(ramp))
+    assert image.mode.startswith("I;16")
+    assert abs(pixels(image)[..., 0].astype(float) - ramp / 257).max() <= 1
+    clipped = np.asarray(Image.fromarray(ramp).convert("I").convert("L")).astype(float)
+    assert abs(clipped - ramp / 257).max() > 100  # what Pillow's own conversion does
+
+
+@pytest.mark.parametrize("kind", ["L", "RGB"])
+def test_transparent_color_of_a_png_becomes_white(kind):
+    color = {"L": 60, "RGB": (60, 0, 0)}[kind]
+    image = Image.new(kind, (8, 8), color)
+    image.putpixel((0, 0), 0)
+    found = pixels(through_file(image, transparency=color))
+    assert (found[1:] == 255).all() and (found[0, 0] == 0).all()
+
+
+@pytest.mark.parametrize("size", [(16, 8), (8, 16), (4, 2), (2, 4), (100, 50), (96, 24), (3, 3)])
+def test_letterbox_keeps_the_whole_picture_and_its_shape_on_grey(size):
+    w, h = size
+    marked = np.full((h, w, 3), (255, 0, 0), np.uint8)
+    marked[:, -(w // 2):] = (0, 0, 255)                                               # right half blue
+    found = pixels(Image.fromarray(marked), 16).astype(int)
+    inside = (abs(found - 128).max(-1) > 20)
+    columns, rows = inside.any(0).sum(), inside.any(1).sum()
+    assert (columns, rows) == (round(16 * w / max(size)), round(16 * h / max(size)))
+    top, left = (16 - rows) // 2, (16 - columns) // 2
+    assert inside[top:top + rows, left:left + columns].all()                          # centred
+    assert (found[~inside] == 128).all()                                              # grey, exactly
+    red, blue = found[8, left], found[8, left + columns - 1]
+    assert red[0] > 200 > 60 > red[2] and blue[2] > 200 > 60 > blue[0]                # both ends there
+
+
+@pytest.mark.parametrize("size", [(1, 3000), (3000, 1), (1, 1), (2, 999), (5000, 3)])
+def test_extreme_shapes_keep_at_least_a_line(size):
+    found = pixels(Image.new("RGB", size, "red"))
+    red = (found == (255, 0, 0)).all(-1)
+    assert red.any(0).sum() == (8 if size[0] >= size[1] else 1)
+    assert red.any(1).sum() == (8 if size[1] >= size[0] else 1)
+    assert (found[~red] == 128).all()
+
+
+def test_fit_picture_leaves_the_picture_it_was_given_alone(square):
+    image = Image.fromarray(square).resize((5, 9))
+    before = image.copy()
+    fit_picture(image, 8)
+    assert image == before and image.size == (5, 9)
