@@ -1,10 +1,11 @@
 """
-nanoAKI: modality-mutual attention (MMA, arXiv 2503.02597) in a vision-language model made to be read.
+nanoAKI: modality-mutual attention (MMA, arXiv 2503.02597) in a vision-language model to be read.
 
-A picture becomes visual tokens, they stand before the question, and one decoder reads both. In other
-decoder-only models the mask is causal, so the visual tokens never see the question. MMA opens that one
-direction. In the order in which a reader needs it: roles, masks, block, ViT, projector, decoder, the
-model with its generation, tokenizer, and the function that turns text and pictures into a sequence.
+A picture becomes visual tokens, they stand before the question, and one decoder reads both. Where
+the mask is causal, as in other decoder-only models, the visual tokens never see the question. MMA
+opens that one direction. In the order in which a reader needs it: roles, masks, block, ViT,
+projector, decoder, the model with its generation, tokenizer, and the function that turns text and
+pictures into a sequence.
 
     from nanoaki import NanoAKI
     model = NanoAKI.load("out/shapes/model.pt")
@@ -30,7 +31,7 @@ PROMPT = 2  # text that is given: question, earlier turns with their answers, th
 ANSWER = 3  # text that is generated, its <eos> included: the only text with a loss
 
 # Masks ------------------------------------------------------------------------------------------
-# Pure functions of roles, (B, T) -> bool (B, T, T): True where a query (row) may see a key (column).
+# Pure functions of roles, (B, T) -> bool (B, T, T): True where a query (row) sees a key (column).
 
 
 def _past(roles: Tensor) -> Tensor:
@@ -68,8 +69,8 @@ def mma_mask(roles: Tensor) -> Tensor:
 
     Image to image stays causal. Image to answer stays closed: else the answer would flow through
     the image rows into the very rows that have to predict it (leaky_mask shows it). Said with roles
-    instead of positions, it holds for several images, text before them, chats and padding. It adds no
-    parameter, and without a prompt it changes nothing.
+    instead of positions, it holds for several images, text before them, chats and padding. It adds
+    no parameter, and without a prompt it changes nothing.
 
     For one image followed by text it is also two causal attentions: the rows of V over the keys
     [T_Q ; V] and the text rows over all keys, each with a causal mask aligned to the lower right.
@@ -120,7 +121,7 @@ class Config:
     n_embd: int = knob(96, "decoder width: time grows with its square")
     image_size: int = knob(96, "pixels: side of the square that pictures are fitted into")
     patch_size: int = knob(16, "pixels: side of a ViT patch; divides image_size")
-    merge: int = knob(1, "merge x merge patches make one visual token: 2 is a quarter of the tokens")
+    merge: int = knob(1, "merge x merge patches make one visual token: 2 makes a quarter of them")
     vit_layer: int = knob(2, "ViT blocks")
     vit_head: int = knob(3, "ViT attention heads; divides vit_embd")
     vit_embd: int = knob(96, "ViT width")
@@ -138,7 +139,7 @@ class Config:
                                  f"{part} {getattr(self, part)}")
         side = self.image_size // self.patch_size
         if side % self.merge:
-            raise ValueError(f"merge {self.merge} must divide the {side} patches of an image's side")
+            raise ValueError(f"merge {self.merge} must divide the {side} patches of a side")
         if self.block_size <= self.visual_tokens:
             raise ValueError(f"block_size {self.block_size} must be more than the "
                              f"{self.visual_tokens} visual tokens of one image")
@@ -195,9 +196,8 @@ class Block(nn.Module):
             cache[0, :, :, start:start + T] = k
             cache[1, :, :, start:start + T] = v
             k, v = cache[:, :, :, :start + T].to(q.dtype)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, dropout_p=p)
-        y = y.transpose(1, 2).reshape(B, T, C)                          # heads side by side
-        x = x + F.dropout(self.out(y), p)
+        y = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=p, is_causal=is_causal)
+        x = x + F.dropout(self.out(y.transpose(1, 2).reshape(B, T, C)), p)
         y = F.gelu(self.up(self.norm2(x)), approximate="tanh")          # (B, T, 4 C)
         return x + F.dropout(self.down(y), p)
 
@@ -310,7 +310,7 @@ class NanoAKI(nn.Module):
         return F.dropout(x, c.dropout, self.training)
 
     def attention(self, roles: Tensor, mask: str | None = None) -> dict:
-        """What a Block needs to attend under a mask, made once per batch for all layers and heads."""
+        """What a Block needs to attend under a mask, made once for all layers and heads."""
         mask = mask or self.config.mask
         if mask not in MASKS:
             raise ValueError(f"mask {mask!r} is none of {', '.join(MASKS)}")
@@ -327,26 +327,27 @@ class NanoAKI(nn.Module):
                 targets: Tensor | None = None, mask: str | None = None):
         """Logits (B, T, vocab_size) and, with targets, their mean cross-entropy in nats, else None.
 
-        images uint8 (images in the batch, 3, H, W) in the order of their tokens, or None; tokens and
-        roles int64 (B, T); mask a name in MASKS, None for the one the model was trained with. targets
-        int64 (B, T) are aligned with tokens, not shifted: the logits at t - 1 predict targets[:, t];
-        -100 is no loss. Raises ValueError if images and roles do not fit, if a sequence is longer than
-        block_size, and if a target stands outside ANSWER.
+        images uint8 (images in the batch, 3, H, W) in the order of their tokens, or None; tokens,
+        roles int64 (B, T); mask a name in MASKS, None for the one the model was trained with.
+        targets int64 (B, T), aligned with tokens, not shifted: the logits at t - 1 predict
+        targets[:, t]; -100 is no loss. Raises ValueError if images and roles do not fit, if a
+        sequence is longer than block_size, and if a target stands outside ANSWER.
         """
         x = self.hidden(images, tokens, roles, mask)
         return self.decoder.head(x), None if targets is None else self._loss(x, roles, targets)
 
     def loss(self, images: Tensor | None, tokens: Tensor, roles: Tensor, targets: Tensor,
              mask: str | None = None) -> Tensor:
-        """forward's loss without its logits: the head reads only the positions that have a target."""
+        """forward's loss alone: the head then reads only the positions that have a target."""
         return self._loss(self.hidden(images, tokens, roles, mask), roles, targets)
 
     def _loss(self, x: Tensor, roles: Tensor, targets: Tensor) -> Tensor:
-        # Under MMA a loss on the prompt leaks: question word -> image state -> earlier question word.
+        # Under MMA a loss on the prompt leaks: question word -> image -> earlier question word.
         if bool(((targets != -100) & (roles != ANSWER)).any()):
-            raise ValueError("targets outside ANSWER must be -100: only what is generated has a loss")
+            raise ValueError("targets outside ANSWER must be -100: nothing given has a loss")
         x, targets = x[:, :-1], targets[:, 1:]                          # t - 1 predicts t
-        return F.cross_entropy(self.decoder.head(x[targets != -100]).float(), targets[targets != -100])
+        learned = targets != -100
+        return F.cross_entropy(self.decoder.head(x[learned]).float(), targets[learned])
 
     # Generation: the given part once, then a token a step. Nothing given ever attends to an answer,
     # so its keys and values can be kept, and each step needs one row of the same mask.
@@ -358,13 +359,13 @@ class NanoAKI(nn.Module):
         c, (B, T) = self.config, tokens.shape
         room = c.block_size - (roles != PAD).sum(1)                     # (B,)
         if int(room.min()) < 1:
-            raise ValueError(f"a prompt of {c.block_size - int(room.min())} tokens leaves no room for an "
-                             f"answer in the model's {c.block_size} positions")
+            raise ValueError(f"a prompt of {c.block_size - int(room.min())} tokens leaves no room "
+                             f"for an answer in the model's {c.block_size} positions")
         last = (torch.arange(T, device=roles.device) * (roles != PAD)).argmax(1)  # of what is given
         steps = min(max_new_tokens, int(room.max()))
         x = self.embed(images, tokens, roles)                           # (B, T, n_embd)
         roles = F.pad(roles, (0, steps), value=ANSWER)                  # answers from column T on
-        seen = MASKS[mask or c.mask](roles)[:, None]                    # (B, 1, T + steps, T + steps)
+        seen = MASKS[mask or c.mask](roles)[:, None]                    # (B, 1, keys, keys)
         position = positions(roles).clamp(max=c.block_size - 1)         # ended rows run on, unread
         cache = x.new_zeros(c.n_layer, 2, B, c.n_head, T + steps, c.n_embd // c.n_head)
         going = [True] * B
@@ -385,51 +386,53 @@ class NanoAKI(nn.Module):
                  mask: str | None = None) -> list[list[int]]:
         """New ids of each row, without <eos>: the likeliest, or sampled at a temperature above 0.
 
-        Arguments as in forward, padded anywhere; top_k keeps that many of the likeliest. A row ends with
-        <eos>, max_new_tokens or the model's last position. Raises ValueError if a prompt leaves no room.
+        Arguments as in forward, padded anywhere; top_k keeps that many of the likeliest. A row ends
+        with <eos>, max_new_tokens or the model's last position. Raises ValueError if a prompt
+        leaves no room.
         """
-        training, rows = self.training, [[] for _ in tokens]
+        training, rows, how = self.training, [[] for _ in tokens], (temperature, top_k, mask)
         self.eval()
         try:
-            for step in self.stream(images, tokens, roles, max_new_tokens, temperature, top_k, mask):
-                for row, new in zip(rows, step):
+            for news in self.stream(images, tokens, roles, max_new_tokens, *how):
+                for row, new in zip(rows, news):
                     row += [] if new is None else [new]
         finally:
             self.train(training)
         return rows
 
     def prompt(self, images: list, questions: list[str]) -> tuple[Tensor | None, Tensor, Tensor]:
-        """(images, tokens, roles) of questions, each with its PIL image, list of images, or None."""
+        """images, tokens, roles of questions, each with its PIL image, list of them, or None."""
         if self.tokenizer is None:
             raise ValueError("this model has no tokenizer: NanoAKI(config, tokenizer)")
         if len(images) != len(questions):
-            raise ValueError(f"{len(images)} pictures or lists of them for {len(questions)} questions")
+            raise ValueError(f"{len(images)} pictures (or lists) for {len(questions)} questions")
         pictures = [[i] if isinstance(i, Image.Image) else list(i or []) for i in images]
-        tokens, roles, _ = pad_batch([build_sequence(self.tokenizer, self.config, [("human", q)], len(p))
-                                      for q, p in zip(questions, pictures)])
-        squares = [fit_picture(i, self.config.image_size) for p in pictures for i in p]
-        device = self.decoder.token.weight.device
-        return torch.stack(squares).to(device) if squares else None, tokens.to(device), roles.to(device)
+        rows = [build_sequence(self.tokenizer, self.config, [("human", question)], len(some))
+                for question, some in zip(questions, pictures)]
+        squares = [fit_picture(image, self.config.image_size) for image in sum(pictures, [])]
+        tokens, roles, _ = (t.to(self.decoder.token.weight.device) for t in pad_batch(rows))
+        return torch.stack(squares).to(tokens.device) if squares else None, tokens, roles
 
-    def ask(self, images, questions: str | list[str], max_new_tokens: int | None = None, **sampling):
+    def ask(self, images, questions: str | list[str], max_new_tokens: int | None = None,
+            **sampling) -> str | list[str]:
         """The answer to a question about a PIL image, a list of images, or None (no picture).
 
-        With a list of questions, a list of answers: images then is a list of as many of those, or one
-        image for all. max_new_tokens (None: what fits) and sampling (temperature, top_k, mask) are
-        generate's. Raises ValueError where a question and its pictures do not fit the model.
+        With a list of questions, a list of answers: images then is a list of as many of those, or
+        one image for all. max_new_tokens (None: what fits) and sampling (temperature, top_k, mask)
+        are generate's. Raises ValueError where a question and its pictures do not fit the model.
         """
         one = isinstance(questions, str)
         if one or images is None or isinstance(images, Image.Image):
             images = [images] * (1 if one else len(questions))
         limit = self.config.block_size if max_new_tokens is None else max_new_tokens
-        rows = self.generate(*self.prompt(images, [questions] if one else questions), limit, **sampling)
-        answers = [self.tokenizer.decode(ids) for ids in rows]
+        prompt = self.prompt(images, [questions] if one else questions)
+        answers = [self.tokenizer.decode(ids) for ids in self.generate(*prompt, limit, **sampling)]
         return answers[0] if one else answers
 
     def save(self, path) -> None:
         """Write config, tokenizer and weights to one file, whole or not at all."""
-        merges = None if self.tokenizer is None else self.tokenizer.merges
-        save_file({"config": asdict(self.config), "merges": merges, "model": self.state_dict()}, path)
+        save_file({"config": asdict(self.config), "model": self.state_dict(),
+                   "merges": None if self.tokenizer is None else self.tokenizer.merges}, path)
 
     @classmethod
     def load(cls, path) -> "NanoAKI":
@@ -523,10 +526,12 @@ class Tokenizer:
 
     @classmethod
     def train(cls, texts, vocab_size: int = 512) -> "Tokenizer":
-        """Merge the most frequent pair (of equals, the first seen) until there are vocab_size tokens
-        or no pair occurs twice; raises ValueError if vocab_size is below 260."""
+        """Merge the most frequent pair (of equals, the first seen) up to vocab_size tokens.
+
+        It ends earlier where no pair occurs twice; raises ValueError if vocab_size is below 260.
+        """
         if vocab_size < 260:
-            raise ValueError(f"vocab_size {vocab_size} must be at least 260: bytes and special tokens")
+            raise ValueError(f"vocab_size {vocab_size} must be at least 260: bytes and specials")
         counts = Counter(word for text in texts for word in cls.words.findall(text))
         words = [(list(word.encode()), n) for word, n in counts.items()]
         pairs, places, merges = Counter(), defaultdict(dict), []  # how often, in which words
@@ -580,9 +585,9 @@ def build_sequence(tokenizer: Tokenizer, config: Config, turns: list[tuple[str, 
     """(tokens, roles) of all that is given, then of the answer to learn, if there is one.
 
     turns are (speaker, text), speaker "system", "human" or "gpt", the last one human; a caption has
-    one empty human turn. Where human text has as many <image> as there are pictures, they stand where
-    they are written, line breaks around them dropped; where it has none, the pictures come first.
-    Raises ValueError on any other count, and on more tokens than the config's block_size.
+    one empty human turn. Where human text has as many <image> as there are pictures, they stand
+    where they are written, line breaks around them dropped; where it has none, the pictures come
+    first. Raises ValueError on any other count, and on more tokens than the config's block_size.
     """
     written = sum(text.count("<image>") for speaker, text in turns if speaker == "human")
     if written not in (0, pictures):
@@ -592,19 +597,17 @@ def build_sequence(tokenizer: Tokenizer, config: Config, turns: list[tuple[str, 
     given = [] if written else image * pictures
     for speaker, text in turns:
         if speaker == "human":
-            before, *after = [tokenizer.encode(piece.strip("\n")) for piece in text.split("<image>")]
-            given += before
-            for piece in after:
-                given += image + piece
-            given.append(tokenizer.answer)
+            pieces = [tokenizer.encode(piece.strip("\n")) for piece in text.split("<image>")]
+            given += sum((image + piece for piece in pieces[1:]), pieces[0]) + [tokenizer.answer]
         elif speaker == "gpt":
             given += tokenizer.encode(text) + [tokenizer.eos]
         else:
             given += tokenizer.encode(text + "\n")
     generated = [] if answer is None else tokenizer.encode(answer) + [tokenizer.eos]
-    if len(given) + max(len(generated), 1) > config.block_size:
-        raise ValueError(f"{len(given)} tokens of pictures and text and {max(len(generated), 1)} of "
-                         f"answer are more than the model's {config.block_size} positions")
+    room = config.block_size - len(given)
+    if room < max(len(generated), 1):
+        raise ValueError(f"{len(given)} tokens of pictures and text and {max(len(generated), 1)} "
+                         f"of an answer are more than the model's {config.block_size} positions")
     roles = [IMAGE if token == tokenizer.image else PROMPT for token in given]
     return given + generated, roles + [ANSWER] * len(generated)
 

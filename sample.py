@@ -3,7 +3,7 @@ Ask a trained model about a picture.
 
     python sample.py --image scene.png --ask "what color is the circle?" "is there a red square?"
     python sample.py --image scene.png               # an interactive prompt
-    python sample.py --image left.png right.png --ask "what differs?"    # every picture, every question
+    python sample.py --image left.png right.png --ask "what differs?"   # one question, two pictures
 """
 import sys
 
@@ -27,7 +27,8 @@ def open_picture(path: str) -> Image.Image:
         raise ValueError(f"{path}: the picture cannot be read ({e})") from e
 
 
-def stream(model: NanoAKI, pictures: list[Image.Image], question: str, limit: int, **sampling) -> None:
+def stream(model: NanoAKI, pictures: list[Image.Image], question: str, limit: int,
+           **sampling) -> None:
     """Print the answer as it is generated; a character of several tokens once it is complete."""
     ids, shown = [], ""
     for (new,) in model.stream(*model.prompt([pictures], [question]), limit, **sampling):
@@ -41,15 +42,18 @@ def stream(model: NanoAKI, pictures: list[Image.Image], question: str, limit: in
 
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(description=__doc__.strip().splitlines()[0])
-    parser.add_argument("--model", default="out/shapes/model.pt", help="checkpoint (default %(default)s)")
+    parser.add_argument("--model", default="out/shapes/model.pt",
+                        help="checkpoint (default %(default)s)")
     parser.add_argument("--image", nargs="+", default=[], metavar="FILE",
                         help="pictures; all of them belong to every question (default: none)")
     parser.add_argument("--ask", nargs="+", metavar="QUESTION",
-                        help="questions; their answers, a line each, are all that standard output gets")
-    parser.add_argument("--max-new-tokens", type=int, help="longest answer, in tokens (default: what fits)")
+                        help="questions; standard output gets their answers, a line each")
+    parser.add_argument("--max-new-tokens", type=int,
+                        help="longest answer, in tokens (default: what fits)")
     parser.add_argument("--temperature", type=float, default=0.0,
                         help="0 takes the likeliest token, more draws more freely (default 0)")
-    parser.add_argument("--top-k", type=int, help="draw from the k likeliest tokens only (default: all)")
+    parser.add_argument("--top-k", type=int,
+                        help="draw from the k likeliest tokens only (default: from all)")
     parser.add_argument("--mask", choices=MASKS, help="attend under another mask than the model's")
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn (default 0)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default auto)")

@@ -39,8 +39,9 @@ class Settings:
     align_steps: int = knob(450, "steps of stage 1: captions, under the causal mask")
     steps: int = knob(5600, "steps of stage 2: questions and answers, under --mask")
     batch_size: int = knob(32, "examples a step: more make a step slower and steadier")
-    align_lr: float = knob(0.02, "Muon's peak learning rate in stage 1; AdamW's is a fifth of it")
-    lr: float = knob(0.003, "the same in stage 2; 0.01 destroys what stage 1 has learned")
+    align_lr: float = knob(0.02, "Muon's peak learning rate in stage 1")
+    lr: float = knob(0.0025, "Muon's peak in stage 2; 0.01 destroys what stage 1 has learned")
+    adamw_lr: float = knob(0.002, "AdamW's peak in both stages: embeddings, norms and biases")
     weight_decay: float = knob(0.0, "pull of matrices towards 0, times learning rate: for few data")
     warmup: int = knob(50, "steps in which the learning rate rises; then a cosine takes it to 0")
     eval_every: int = knob(800, "steps of stage 2 between evaluations")
@@ -55,7 +56,7 @@ class Settings:
         for name, bound in least.items():
             if not getattr(self, name) >= bound:
                 raise ValueError(f"{name} must be at least {bound}, not {getattr(self, name)}")
-        for name in ("align_lr", "lr"):
+        for name in ("align_lr", "lr", "adamw_lr"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be above 0, not {getattr(self, name)}")
         if self.preset not in PRESETS:
@@ -154,15 +155,16 @@ class Muon(torch.optim.Optimizer):
                 torch._foreach_add_(ps, updates, alpha=-lr * max(1, rows / columns) ** 0.5)
 
 
-def make_optimizers(model: NanoAKI, lr: float, weight_decay: float) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside blocks and projector, AdamW at a fifth of its rate for the rest."""
+def make_optimizers(model: NanoAKI, lr: float, adamw_lr: float,
+                    weight_decay: float) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside blocks and projector, AdamW for everything else."""
     matrices, rest = [], []
     for name, p in model.named_parameters():
         inside = p.dim() == 2 and ("blocks" in name or "projector" in name)
         (matrices if inside else rest).append(p)
     fused = rest[0].device.type in ("cpu", "cuda")
     return [Muon(matrices, lr, weight_decay=weight_decay),
-            torch.optim.AdamW(rest, lr / 5, betas=(0.9, 0.95), weight_decay=0.0, fused=fused)]
+            torch.optim.AdamW(rest, adamw_lr, betas=(0.9, 0.95), weight_decay=0.0, fused=fused)]
 
 
 def schedule(step: int, steps: int, warmup: int) -> float:
@@ -177,14 +179,15 @@ def choose_device(name: str) -> tuple[torch.device, str]:
     """The device asked for, or the best there is, and a line that says why; raises ValueError."""
     has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name != "auto" and not has.get(name):
-        raise ValueError(f"device {name!r} must be auto or one that torch {torch.__version__} finds "
-                         f"here: {', '.join(d for d in has if has[d])}")
+        raise ValueError(f"device {name!r} must be auto or one that torch {torch.__version__} "
+                         f"finds here: {', '.join(d for d in has if has[d])}")
     device = name if name != "auto" else next(d for d in has if has[d])
     why = {"cuda": "a CUDA GPU was found", "mps": "an Apple GPU was found", "cpu": "no GPU found"}
-    what = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads"
-    return torch.device(device), (f"device: {device}, {what}, "
-                                  f"{'bfloat16' if device == 'cuda' else 'float32'} "
-                                  f"({'asked for' if name != 'auto' else why[device]})")
+    what = f"{torch.get_num_threads()} threads, float32"
+    if device == "cuda":
+        what = f"{torch.cuda.get_device_name()}, bfloat16"
+    reason = "asked for" if name != "auto" else why[device]
+    return torch.device(device), f"device: {device}, {what} ({reason})"
 
 
 def autocast(device: torch.device) -> torch.autocast:
@@ -344,8 +347,8 @@ class Run:
         """New ones for each stage; none after the last."""
         self.optimizers = []
         if self.stage < len(self.stages):
-            lr = self.stages[self.stage].lr
-            self.optimizers = make_optimizers(self.model, lr, self.settings.weight_decay)
+            lr, s = self.stages[self.stage].lr, self.settings
+            self.optimizers = make_optimizers(self.model, lr, s.adamw_lr, s.weight_decay)
 
     def save(self) -> None:
         """Write last.pt, and model.pt as long as no held-out loss has chosen one."""
@@ -366,7 +369,7 @@ class Run:
 
     @contextmanager
     def signals(self):
-        """Within, SIGINT and SIGTERM ask for a stop at the next step; a second one is obeyed at once."""
+        """Within, SIGINT and SIGTERM ask for a stop after the step; a second one stops at once."""
         def ask(number, frame):
             self.asked_to_stop = number
             signal.signal(number, signal.SIG_DFL)
@@ -509,8 +512,9 @@ def prepare(settings: Settings, config: Config, state: dict | None):
           f"model: {settings.preset}, {sum(p.numel() for p in model.parameters()):,} parameters, "
           f"{config.visual_tokens} visual tokens a picture, {len(tokenizer)} tokens in the "
           f"vocabulary, mask {config.mask}")
-    align = Stage("align", captions, held_captions, "causal", settings.align_steps, settings.align_lr)
-    return model, [align, Stage("instruct", train, val, config.mask, settings.steps, settings.lr)], test
+    s = settings
+    return model, [Stage("align", captions, held_captions, "causal", s.align_steps, s.align_lr),
+                   Stage("instruct", train, val, config.mask, s.steps, s.lr)], test
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -525,8 +529,8 @@ def main(argv: list[str] | None = None) -> None:
             saved = state["settings"] | state["config"]
             for name, value in given.items():
                 if value != saved[name] and name not in ("out", "device", "workers", "save_every"):
-                    raise ValueError(f"--resume: {flag(name)} was {saved[name]!r} when the run began, "
-                                     f"not {value!r}; leave it out, or begin a run in another --out")
+                    raise ValueError(f"--resume: {flag(name)} was {saved[name]!r} when the run "
+                                     f"began, not {value!r}; leave it out, or choose another --out")
             settings = Settings(**state["settings"] | pick(Settings, given))
         elif out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise ValueError(f"{out} already holds something: go on with --resume if it is a run, "
@@ -546,8 +550,9 @@ def main(argv: list[str] | None = None) -> None:
     run.train()
     test(run, test_examples, "test")
     total, example = time.perf_counter() - start, test_examples[0]
-    print(f"{total:.0f} s in all; training {run.trained:.0f} s, {run.waited / max(run.trained, 1e-9):.1%} "
-          f"of it waiting for data; evaluation {run.evaluated:.0f} s, {run.evaluated / total:.1%} of all\n"
+    print(f"{total:.0f} s in all: {run.trained:.0f} s of training, "
+          f"{run.waited / max(run.trained, 1e-9):.1%} of it waiting for data; "
+          f"{run.evaluated:.0f} s of evaluation, {run.evaluated / total:.1%} of all\n"
           f"ask it yourself:\n  python sample.py --model {out / 'model.pt'} "
           f"--image {example.pictures[0]} --ask \"{example.question}\"")
 

@@ -1,9 +1,9 @@
 """
-Reads the one format, LLaVA's (data/README.md): records, the examples in them, and batches of examples.
+Reads the one format, LLaVA's (data/README.md): records, their examples, and batches of those.
 
     records = Records.read("data/shapes-seed0", "train.json")
     examples = Examples(records, tokenizer, config)
-    for batch in loader(examples, batch_size=64, seed=0): ...
+    for batch in loader(examples, batch_size=64, seed=[0], steps=100): ...
 """
 import json
 import math
@@ -28,7 +28,7 @@ def pictures_of(record: dict) -> list[str]:
 
 
 def problem_with(record, folder: Path, seen: set[str]) -> str | None:
-    """What is wrong with a record, in one line, or None; `seen` holds the pictures already found good."""
+    """What is wrong with a record, or None; `seen` holds the pictures already found good."""
     if not isinstance(record, dict) or not isinstance(record.get("conversations"), list):
         return 'must be {"id", "image", "conversations": [...]}'
     speakers = []
@@ -46,9 +46,11 @@ def problem_with(record, folder: Path, seen: set[str]) -> str | None:
     pictures = pictures_of(record)
     if not isinstance(pictures, list) or not all(isinstance(p, str) and p for p in pictures):
         return '"image" must be a path, a list of paths, or absent'
-    written = sum(t["value"].count("<image>") for t in record["conversations"] if t["from"] == "human")
+    written = sum(turn["value"].count("<image>") for turn in record["conversations"]
+                  if turn["from"] == "human")
     if written not in (0, len(pictures)):
-        return f"{written} <image> in the text for {len(pictures)} pictures: write one for each, or none"
+        return (f"{written} <image> in the text for {len(pictures)} pictures: "
+                f"write one for each, or none")
     for picture in pictures:
         if picture in seen:
             continue
@@ -67,7 +69,7 @@ def problem_with(record, folder: Path, seen: set[str]) -> str | None:
 
 
 def parse_list(text: str, path: Path) -> Iterator:
-    """The items of a JSON list, one at a time; raises ValueError that says where the text is not one."""
+    """The items of a JSON list, one at a time; raises ValueError where the text is not one."""
     decoder, space = json.JSONDecoder(), re.compile(r"\s*")
     at = space.match(text).end()
     if text[at:at + 1] != "[":
@@ -90,15 +92,16 @@ def parse_list(text: str, path: Path) -> Iterator:
 
 
 class Records:
-    """Checked records, packed into one block of bytes, so that processes share them and copy no objects."""
+    """Checked records, packed into one block of bytes: processes share it and copy no objects."""
 
     def __init__(self, folder: Path, records: Iterable[dict]):
         self.folder, packed, ends, replies = folder, bytearray(), [], []
         for record in records:
             pictures, before = pictures_of(record), 0
-            placed = any("<image>" in turn["value"] for turn in record["conversations"] if turn["from"] == "human")
+            turns = record["conversations"]
+            placed = any("<image>" in t["value"] for t in turns if t["from"] == "human")
             seen = 0 if placed else len(pictures)
-            for j, turn in enumerate(record["conversations"]):
+            for j, turn in enumerate(turns):
                 size = len(turn["value"].encode())
                 if turn["from"] == "gpt":
                     replies.append((len(ends), j, seen, before, size))
@@ -111,11 +114,11 @@ class Records:
             raise ValueError(f"{folder}: there are no records")
         self.data = torch.frombuffer(packed, dtype=torch.uint8)
         self.ends = torch.tensor(ends)
-        self.replies = torch.tensor(replies)  # record, turn, pictures and bytes before it, its bytes
+        self.replies = torch.tensor(replies)  # record, turn, pictures before, bytes before, bytes
 
     @classmethod
     def read(cls, folder, name: str) -> "Records":
-        """Records of folder/name; raises ValueError that counts the bad ones and shows the first ten."""
+        """Records of folder/name; raises ValueError that counts the bad and shows ten of them."""
         folder, path = Path(folder), Path(folder) / name
         try:
             text = path.read_text("utf-8")
@@ -133,7 +136,8 @@ class Records:
                 else:
                     yield record
             if bad:
-                raise ValueError(f"{path}: {len(bad)} of {i + 1} records are bad\n" + "\n".join(bad[:10]))
+                bad.insert(0, f"{path}: {len(bad)} of {i + 1} records are bad")
+                raise ValueError("\n".join(bad[:11]))
 
         return cls(folder, good())
 
@@ -200,28 +204,29 @@ class Batch(NamedTuple):
 
 
 class Examples(Dataset):
-    """The examples in records: a conversation of n turns is n examples; as captions, a record is its last reply alone."""
+    """A conversation of n turns is n examples; as captions, a record is its last reply alone."""
 
-    def __init__(self, records: Records, tokenizer: Tokenizer, config: Config, captions: bool = False):
-        self.records, self.tokenizer, self.config, self.captions = records, tokenizer, config, captions
+    def __init__(self, records: Records, tokenizer: Tokenizer, config: Config,
+                 captions: bool = False):
+        self.records, self.tokenizer = records, tokenizer
+        self.config, self.captions = config, captions
         replies = records.replies
         if captions:
-            replies = replies[torch.cat([replies[1:, 0] != replies[:-1, 0], torch.tensor([True])])].clone()
-            replies[:, 3] = 0
+            last = torch.cat([replies[1:, 0] != replies[:-1, 0], torch.tensor([True])])
+            replies = replies[last] * torch.tensor([1, 1, 1, 0, 1])
         self.index = replies[:, :2]  # (record, turn) of each example
         visual = replies[:, 2] * config.visual_tokens
-        for i in (visual + replies[:, 3] + replies[:, 4] + 16 > config.block_size).nonzero()[:, 0].tolist():
-            try:  # a token is at least a byte: no other example can be too long
+        text = replies[:, 3] + replies[:, 4] + 2  # bytes, <answer> and <eos>: no fewer than tokens
+        for i in (visual + text > config.block_size).nonzero()[:, 0].tolist():
+            try:
                 self[i]
             except ValueError as e:
-                raise ValueError(f"{self.name(i)}: {e}") from None
+                record = int(self.index[i, 0])
+                raise ValueError(f"{records.folder}: record {record} "
+                                 f"(id {records[record].get('id')!r}): {e}") from None
         some = range(0, len(self), -(-len(self) // 500))
         tokens = sum(len(self[i].whole[0]) - int(visual[i]) for i in some)
-        self.lengths = visual + replies[:, 3:].sum(1) * tokens / int(replies[some, 3:].sum())  # about, in tokens
-
-    def name(self, i: int) -> str:
-        record = int(self.index[i, 0])
-        return f"record {record} (id {self.records[record].get('id')!r})"
+        self.lengths = visual + text * (tokens / int(text[some].sum()))  # in tokens, about
 
     def __len__(self) -> int:
         return len(self.index)
@@ -232,17 +237,19 @@ class Examples(Dataset):
         given, answer = [("human", "")] if self.captions else turns[:turn], turns[turn][1]
         pictures = [self.records.folder / p for p in pictures_of(r)]
         if not self.captions and any("<image>" in text for who, text in turns if who == "human"):
-            pictures = pictures[:sum(text.count("<image>") for who, text in given if who == "human")]
+            shown = sum(text.count("<image>") for who, text in given if who == "human")
+            pictures = pictures[:shown]
         prompt = build_sequence(self.tokenizer, self.config, given, len(pictures))
         whole = build_sequence(self.tokenizer, self.config, given, len(pictures), answer)
         question = given[-1][1].replace("<image>", "").strip()
-        return Example(str(r.get("id", record)), r.get("task", ""), question, answer, prompt, whole, pictures)
+        return Example(str(r.get("id", record)), str(r.get("task", "")), question, answer, prompt,
+                       whole, pictures)
 
     def __getitem__(self, i: int) -> Example:
         return self.example(*self.index[i].tolist())
 
     def picture(self, path: Path) -> Tensor:
-        """uint8 (3, image_size, image_size); raises ValueError if the file is no picture any more."""
+        """uint8 (3, image_size, image_size); raises ValueError if the file is no picture."""
         try:
             with Image.open(path) as image:
                 return fit_picture(image, self.config.image_size)
@@ -254,7 +261,8 @@ class Examples(Dataset):
         examples = [self[i] for i in indices]
         pictures = [self.picture(path) for e in examples for path in e.pictures]
         tokens, roles, targets = pad_batch([e.whole for e in examples])
-        return Batch(torch.stack(pictures) if pictures else None, tokens, roles, targets, [e.id for e in examples])
+        return Batch(torch.stack(pictures) if pictures else None, tokens, roles, targets,
+                     [e.id for e in examples])
 
 
 class Batches(Sampler):
@@ -299,11 +307,13 @@ class Batches(Sampler):
             yield batches[step % per_epoch].tolist()
 
 
-def loader(examples: Examples, batch_size: int, seed: int, steps: int, start: int = 0, workers: int = 1) -> DataLoader:
-    """Batches of steps start to steps, read and decoded by worker processes."""
-    return DataLoader(examples, batch_sampler=Batches(examples.lengths, batch_size, seed, steps, start),
-                      num_workers=workers, collate_fn=_whole, pin_memory=torch.cuda.is_available(),
-                      prefetch_factor=4 if workers else None, worker_init_fn=_quiet)
+def loader(examples: Examples, batch_size: int, seed: list[int], steps: int, start: int = 0,
+           workers: int = 1) -> DataLoader:
+    """The batches of steps start to steps, read and decoded by worker processes."""
+    batches = Batches(examples.lengths, batch_size, seed, steps, start)
+    return DataLoader(examples, batch_sampler=batches, num_workers=workers, collate_fn=_whole,
+                      pin_memory=torch.cuda.is_available(), worker_init_fn=_quiet,
+                      prefetch_factor=4 if workers else None)
 
 
 def _whole(batch: Batch) -> Batch:
@@ -311,5 +321,5 @@ def _whole(batch: Batch) -> Batch:
 
 
 def _quiet(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the main process decides
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the main process decides
     torch.set_num_threads(1)

@@ -15,12 +15,13 @@ SAFE = ("causal", "mma", "prefix", "image")  # all masks but leaky
 
 
 def tiny_config(**changes) -> Config:
-    return Config(**dict(vocab_size=300, block_size=64, n_layer=2, n_head=2, n_embd=32, image_size=8,
-                         patch_size=4, vit_layer=2, vit_head=2, vit_embd=32) | changes)
+    tiny = dict(vocab_size=300, block_size=64, n_layer=2, n_head=2, n_embd=32, image_size=8,
+                patch_size=4, vit_layer=2, vit_head=2, vit_embd=32)
+    return Config(**tiny | changes)
 
 
 def tiny_model(dtype=torch.float64, tokenizer=None, **changes) -> NanoAKI:
-    """Weights large enough that what leaks is seen, and that greedy decoding does not just repeat."""
+    """Weights so large that a leak is seen, and that greedy decoding does not just repeat."""
     model = NanoAKI(tiny_config(**changes), tokenizer).to(dtype).eval()
     g = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -48,8 +49,8 @@ def padded(roles: list[int], length: int, where: str, rng: random.Random) -> lis
     """roles with PAD inserted on the left, on the right, in the middle or anywhere."""
     out = list(roles)
     while len(out) < length:
-        at = {"left": 0, "right": len(out), "middle": len(roles) // 2, "any": rng.randint(0, len(out))}
-        out.insert(at[where], PAD)
+        at = {"left": 0, "right": len(out), "middle": len(roles) // 2}
+        out.insert(at[where] if where in at else rng.randint(0, len(out)), PAD)
     return out
 
 

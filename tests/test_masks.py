@@ -22,9 +22,6 @@ def roles():
     return random_roles()
 
 
-# The mask tensors --------------------------------------------------------------------------------
-
-
 def may_see(name: str, row: list[int], q: int, k: int) -> bool:
     """The design's table, one pair at a time."""
     given = (IMAGE, PROMPT)
@@ -126,13 +123,10 @@ def test_mma_is_two_causal_attentions(V, TQ, TA):
     assert (one - causal).abs().max() > 1e-2
 
 
-# The model under the masks -----------------------------------------------------------------------
-
-
 def change_one(roles, tokens, allowed, last=False):
     """Tokens with one of the allowed columns of each row changed, and the columns, (B, 1)."""
     g = torch.Generator().manual_seed(3)
-    weight = torch.arange(LENGTH).expand(roles.shape) if last else torch.rand(roles.shape, generator=g)
+    weight = torch.rand(roles.shape, generator=g) + (torch.arange(LENGTH) if last else 0)
     column = weight.masked_fill(~allowed, -1).argmax(1, keepdim=True)
     return tokens.scatter(1, column, (tokens.gather(1, column) + 7) % 256), column
 
@@ -146,7 +140,7 @@ def movement(model, images, before, after, roles, mask):
 
 
 def answer_moves(model, roles, mask):
-    """Movement (given states, logits before the change, logits from it on), each the rows' maximum."""
+    """Movement of given states, logits before the change and logits from it on, (B,) each."""
     images, tokens = fill(roles)
     changed, column = change_one(roles, tokens, roles == ANSWER)
     hidden, logits = movement(model, images, tokens, changed, roles, mask)
@@ -201,7 +195,8 @@ def test_padding_anywhere_changes_no_logit(mask, dtype, tolerance):
         images, tokens = fill(roles)
         with torch.no_grad():
             batch = model(images, tokens, roles, mask=mask)[0][roles != PAD]
-            single = torch.cat([model(*row, mask=mask)[0][0] for row in alone(images, tokens, roles)])
+            rows = alone(images, tokens, roles)
+            single = torch.cat([model(*row, mask=mask)[0][0] for row in rows])
             control = model(images, tokens, roles.where(roles != PAD, PROMPT), mask=mask)[0]
         assert (batch - single).abs().max() < tolerance
         if where != "right":  # unmasked padding would show; on the right only to a mutual mask
@@ -269,9 +264,6 @@ def test_stream_reads_the_logits_of_the_plain_forward(mask, equal, monkeypatch):
     plain = torch.cat([plain[torch.arange(100), last][:, None], plain[:, LENGTH:-1]], 1)
     difference = (logits - plain).abs().max()
     assert difference < 1e-10 if equal else difference > 0.1
-
-
-# What reaches scaled_dot_product_attention -------------------------------------------------------
 
 
 def spy_on_attention(monkeypatch):

@@ -23,9 +23,6 @@ def text(*roles_and_lengths):
     return torch.tensor([[role for role, n in roles_and_lengths for _ in range(n)]])
 
 
-# Config and presets ------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("bad, named", [
     (dict(n_embd=32, n_head=3), ("n_embd 32", "n_head 3")),
     (dict(vit_embd=32, vit_head=5), ("vit_embd 32", "vit_head 5")),
@@ -57,15 +54,13 @@ def test_presets_have_the_promised_number_of_parameters(name, low, high):
         assert parts["vit"] == pytest.approx(86e6, rel=0.02)
 
 
-# Picture to visual tokens ------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("image_size, merge, count", [(8, 1, 4), (16, 1, 16), (16, 2, 4), (24, 3, 4),
-                                                      (16, 4, 1), (24, 2, 9)])
+@pytest.mark.parametrize("image_size, merge, count", [(8, 1, 4), (16, 1, 16), (16, 2, 4),
+                                                      (24, 3, 4), (16, 4, 1), (24, 2, 9)])
 def test_visual_tokens_counts_what_the_projector_makes(image_size, merge, count):
     config = tiny_config(image_size=image_size, merge=merge)
     model = NanoAKI(config)
-    visual = model.projector(model.vit(torch.zeros(2, 3, image_size, image_size, dtype=torch.uint8)))
+    images = torch.zeros(2, 3, image_size, image_size, dtype=torch.uint8)
+    visual = model.projector(model.vit(images))
     assert config.visual_tokens == count and visual.shape == (2, count, 32)
 
 
@@ -130,9 +125,6 @@ def test_each_image_goes_to_its_own_tokens_in_their_order(model):
         assert not torch.allclose(there, visual[image - 1])
     words = model.decoder.token(tokens) + position[:10]
     assert torch.allclose(x[roles == PROMPT], words[roles == PROMPT])
-
-
-# Forward and loss --------------------------------------------------------------------------------
 
 
 def loss_batch(dtype=torch.float64):
@@ -234,16 +226,16 @@ def test_mask_none_is_the_configs_and_an_unknown_mask_is_refused():
         model(images, tokens, roles, mask="mna")
 
 
-# Generation --------------------------------------------------------------------------------------
-
-PROMPTS = [text((PROMPT, 3)), text((IMAGE, 4), (PROMPT, 7)), text((IMAGE, 4), (PROMPT, 2), (IMAGE, 4)),
-           text((IMAGE, 8), (PROMPT, 1)), text((PROMPT, 2), (IMAGE, 4), (PROMPT, 3))]
+PROMPTS = [text((PROMPT, 3)), text((IMAGE, 4), (PROMPT, 7)),
+           text((IMAGE, 4), (PROMPT, 2), (IMAGE, 4)), text((IMAGE, 8), (PROMPT, 1)),
+           text((PROMPT, 2), (IMAGE, 4), (PROMPT, 3))]
 
 
 def prompts(where="mixed", length=12):
     rng = random.Random(1)
     sides = ["left", "right", "middle", "any", "left"] if where == "mixed" else [where] * 5
-    roles = torch.tensor([padded(r[0].tolist(), length, side, rng) for r, side in zip(PROMPTS, sides)])
+    roles = torch.tensor([padded(r[0].tolist(), length, side, rng)
+                          for r, side in zip(PROMPTS, sides)])
     images, tokens = fill(roles)
     return images, tokens, roles
 
@@ -373,8 +365,6 @@ def test_generate_drops_nothing_in_train_mode():
     assert model.generate(*prompts(), 8) == model.generate(*prompts(), 8) == calm
 
 
-# Asking ------------------------------------------------------------------------------------------
-
 QUESTIONS = ["what?", "what color is the circle?", "is it left of <image>?"]
 
 
@@ -412,7 +402,7 @@ def test_ask_answers_a_batch_as_one_by_one(speaker, pictures):
     answers = speaker.ask(images, questions)
     assert answers == [speaker.ask(i, q) for i, q in zip(images, questions)]
     assert answers != speaker.ask(images[::-1], questions) and len(set(answers)) > 5
-    assert speaker.ask(a, questions) == [speaker.ask(a, q) for q in questions]      # one image for all
+    assert speaker.ask(a, questions) == [speaker.ask(a, q) for q in questions]
     assert speaker.ask(None, questions) == [speaker.ask(None, q) for q in questions]
 
 
@@ -447,9 +437,6 @@ def test_model_refuses_a_tokenizer_with_more_tokens_than_its_vocabulary():
     NanoAKI(tiny_config(vocab_size=262), tokenizer)
     with pytest.raises(ValueError, match="262.*261"):
         NanoAKI(tiny_config(vocab_size=261), tokenizer)
-
-
-# Checkpoints -------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -502,8 +489,9 @@ def change(**changes):
     change(merges=[[97, 98]] * 100),
     change(model={}),
 ], ids=["missing", "empty", "garbage", "text", "no end", "no middle", "a list", "a foreign dict",
-        "a pickled module", "a folder", "weights of another vocabulary", "vocabulary under tokenizer",
-        "bad config", "unknown field", "too many merges", "no weights"])
+        "a pickled module", "a folder", "weights of another vocabulary",
+        "vocabulary under tokenizer", "bad config", "unknown field", "too many merges",
+        "no weights"])
 def test_load_names_the_file_in_one_line_whatever_it_holds(saved, spoil):
     _, path = saved
     spoil(path)
@@ -532,13 +520,10 @@ def test_save_writes_whole_or_not_at_all(saved, monkeypatch, stop):
     assert path.read_bytes() != before and [p.name for p in path.parent.iterdir()] == ["model.pt"]
 
 
-# Pictures ----------------------------------------------------------------------------------------
-
-
 def pixels(image, size=8):
     tensor = fit_picture(image, size)
     assert tensor.shape == (3, size, size) and tensor.dtype == torch.uint8
-    return tensor.permute(1, 2, 0).numpy()                                            # (size, size, 3)
+    return tensor.permute(1, 2, 0).numpy()  # (size, size, 3)
 
 
 def through_file(image, kind="PNG", **options):
@@ -632,16 +617,16 @@ def test_transparent_color_of_a_png_becomes_white(kind):
 def test_letterbox_keeps_the_whole_picture_and_its_shape_on_grey(size):
     w, h = size
     marked = np.full((h, w, 3), (255, 0, 0), np.uint8)
-    marked[:, -(w // 2):] = (0, 0, 255)                                               # right half blue
+    marked[:, -(w // 2):] = (0, 0, 255)
     found = pixels(Image.fromarray(marked), 16).astype(int)
     inside = (abs(found - 128).max(-1) > 20)
     columns, rows = inside.any(0).sum(), inside.any(1).sum()
     assert (columns, rows) == (round(16 * w / max(size)), round(16 * h / max(size)))
     top, left = (16 - rows) // 2, (16 - columns) // 2
-    assert inside[top:top + rows, left:left + columns].all()                          # centred
-    assert (found[~inside] == 128).all()                                              # grey, exactly
+    assert inside[top:top + rows, left:left + columns].all()  # centred
+    assert (found[~inside] == 128).all()
     red, blue = found[8, left], found[8, left + columns - 1]
-    assert red[0] > 200 > 60 > red[2] and blue[2] > 200 > 60 > blue[0]                # both ends there
+    assert red[0] > 200 > 60 > red[2] and blue[2] > 200 > 60 > blue[0]
 
 
 @pytest.mark.parametrize("size", [(1, 3000), (3000, 1), (1, 1), (2, 999), (5000, 3)])
