@@ -103,6 +103,13 @@ def leaky_mask(roles: Tensor) -> Tensor:
 MASKS = {"causal": causal_mask, "mma": mma_mask, "prefix": prefix_mask, "image": image_mask,
          "leaky": leaky_mask}
 
+
+def make_mask(name: str, roles: Tensor) -> Tensor:
+    """The mask of that name, bool (B, T, T), of roles (B, T); raises ValueError on no such name."""
+    if name not in MASKS:
+        raise ValueError(f"mask {name!r} is none of {', '.join(MASKS)}")
+    return MASKS[name](roles)
+
 # Configuration ----------------------------------------------------------------------------------
 
 
@@ -219,6 +226,8 @@ class ViT(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """uint8 (N, 3, H, W) -> (N, patches, vit_embd), patches row by row."""
+        if images.dtype != torch.uint8:
+            raise ValueError(f"images must be uint8, 0 to 255, not {images.dtype}")
         x = images.to(self.position.dtype) / 127.5 - 1                  # -1 to 1
         x = self.patch(x).flatten(2).transpose(1, 2) + self.position    # (N, patches, vit_embd)
         for block in self.blocks:
@@ -282,15 +291,14 @@ class NanoAKI(nn.Module):
                              f"vocab_size {config.vocab_size}")
         self.config, self.tokenizer = config, tokenizer
         self.vit, self.projector, self.decoder = ViT(config), Projector(config), Decoder(config)
-        for name, module in self.named_modules():
+        for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02)
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
-            if isinstance(module, Block):  # GPT-2: a block adds to the residual stream twice
-                depth = config.vit_layer if name.startswith("vit") else config.n_layer
-                for layer in (module.out, module.down):
-                    nn.init.normal_(layer.weight, std=0.02 / (2 * depth) ** 0.5)
+        for blocks in (self.vit.blocks, self.decoder.blocks):  # GPT-2: each block adds twice
+            for layer in [layer for block in blocks for layer in (block.out, block.down)]:
+                nn.init.normal_(layer.weight, std=0.02 / (2 * len(blocks)) ** 0.5)
 
     def embed(self, images: Tensor | None, tokens: Tensor, roles: Tensor) -> Tensor:
         """Embeddings (B, T, n_embd) of tokens and positions, visual tokens where roles == IMAGE."""
@@ -312,11 +320,9 @@ class NanoAKI(nn.Module):
     def attention(self, roles: Tensor, mask: str | None = None) -> dict:
         """What a Block needs to attend under a mask, made once for all layers and heads."""
         mask = mask or self.config.mask
-        if mask not in MASKS:
-            raise ValueError(f"mask {mask!r} is none of {', '.join(MASKS)}")
         if mask == "causal" and bool((roles != PAD).all()):
             return {"is_causal": True}
-        return {"mask": MASKS[mask](roles)[:, None]}                    # (B, 1, T, T)
+        return {"mask": make_mask(mask, roles)[:, None]}                # (B, 1, T, T)
 
     def hidden(self, images: Tensor | None, tokens: Tensor, roles: Tensor,
                mask: str | None = None) -> Tensor:
@@ -365,7 +371,7 @@ class NanoAKI(nn.Module):
         steps = min(max_new_tokens, int(room.max()))
         x = self.embed(images, tokens, roles)                           # (B, T, n_embd)
         roles = F.pad(roles, (0, steps), value=ANSWER)                  # answers from column T on
-        seen = MASKS[mask or c.mask](roles)[:, None]                    # (B, 1, keys, keys)
+        seen = make_mask(mask or c.mask, roles)[:, None]                # (B, 1, keys, keys)
         position = positions(roles).clamp(max=c.block_size - 1)         # ended rows run on, unread
         cache = x.new_zeros(c.n_layer, 2, B, c.n_head, T + steps, c.n_embd // c.n_head)
         going = [True] * B

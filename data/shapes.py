@@ -30,10 +30,13 @@ CELL = 32
 
 
 def random_scene(rng: random.Random) -> dict[int, tuple[str, str]]:
-    """3 to 7 different objects: place (0-8, row by row) -> (color, shape)."""
-    n = rng.randint(3, 7)
-    kinds = rng.sample([(color, shape) for color in COLORS for shape in SHAPES], n)
-    return dict(sorted(zip(rng.sample(range(9), n), kinds)))
+    """3 to 7 different objects, some of each task to ask: place (0-8) -> (color, shape)."""
+    while True:
+        n = rng.randint(3, 7)
+        kinds = rng.sample([(color, shape) for color in COLORS for shape in SHAPES], n)
+        scene = dict(sorted(zip(rng.sample(range(9), n), kinds)))
+        if questions(scene, "attr", rng) and questions(scene, "hop", rng):
+            return scene
 
 
 def draw_scene(scene: dict, rng: random.Random) -> Image.Image:
@@ -117,13 +120,10 @@ def describe(scene: dict[int, tuple[str, str]]) -> str:
 
 
 def ask(scene: dict, questions: Callable, tasks: list[str], n: int, rng: random.Random) -> list:
-    """n of (task, question, answer), tasks in turn; a task without a question asks `count`'s."""
-    tasks, asked = rng.sample(tasks, len(tasks)), []
-    while len(asked) < n:
-        task = tasks[len(asked) % len(tasks)]
-        drawn = questions(scene, task, rng) or questions(scene, "count", rng)
-        asked.append((task, *rng.choice(drawn)))
-    return asked
+    """n of (task, question, answer), tasks in turn."""
+    order = rng.sample(tasks, len(tasks))
+    asked = [order[i % len(order)] for i in range(n)]
+    return [(task, *rng.choice(questions(scene, task, rng))) for task in asked]
 
 
 def talk(human: str, gpt: str) -> list[dict]:

@@ -269,9 +269,9 @@ def test_stream_reads_the_logits_of_the_plain_forward(mask, equal, monkeypatch):
 def spy_on_attention(monkeypatch):
     calls, attend = [], F.scaled_dot_product_attention
 
-    def spy(*args, attn_mask=None, is_causal=False, **kwargs):
+    def spy(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False):
         calls.append((attn_mask, is_causal))
-        return attend(*args, attn_mask=attn_mask, is_causal=is_causal, **kwargs)
+        return attend(q, k, v, attn_mask, dropout_p, is_causal)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
     return calls
