@@ -300,6 +300,13 @@ class NanoAKI(nn.Module):
             for layer in [layer for block in blocks for layer in (block.out, block.down)]:
                 nn.init.normal_(layer.weight, std=0.02 / (2 * len(blocks)) ** 0.5)
 
+    def see(self, images: Tensor) -> Tensor:
+        """Visual tokens (N, V, n_embd) of uint8 images (N, 3, H, W).
+
+        Every method takes them in place of images: several questions then share one look.
+        """
+        return self.projector(self.vit(images))
+
     def embed(self, images: Tensor | None, tokens: Tensor, roles: Tensor) -> Tensor:
         """Embeddings (B, T, n_embd) of tokens and positions, visual tokens where roles == IMAGE."""
         c, slots, real = self.config, roles == IMAGE, roles != PAD
@@ -312,7 +319,7 @@ class NanoAKI(nn.Module):
                              f"{c.block_size} positions")
         x = self.decoder.token(tokens)
         if given:
-            visual = self.projector(self.vit(images))                   # (images, V, n_embd)
+            visual = self.see(images) if images.dim() == 4 else images  # (images, V, n_embd)
             x = x.masked_scatter(slots[..., None], visual.to(x.dtype))
         x = x + self.decoder.position(positions(roles))
         return F.dropout(x, c.dropout, self.training)
@@ -593,26 +600,31 @@ def build_sequence(tokenizer: Tokenizer, config: Config, turns: list[tuple[str, 
     turns are (speaker, text), speaker "system", "human" or "gpt", the last one human; a caption has
     one empty human turn. Where human text has as many <image> as there are pictures, they stand
     where they are written, line breaks around them dropped; where it has none, the pictures come
-    first. Raises ValueError on any other count, and on more tokens than the config's block_size.
+    first. Of more than the config's block_size, the text of the oldest turns is left out. Raises
+    ValueError on any other count of <image>, and where the last turn does not fit.
     """
     written = sum(text.count("<image>") for speaker, text in turns if speaker == "human")
     if written not in (0, pictures):
         raise ValueError(f"{written} <image> in the text for {pictures} pictures: "
                          f"write one for each, or none")
     image = [tokenizer.image] * config.visual_tokens
-    given = [] if written else image * pictures
+    parts = [[] if written else image * pictures]
     for speaker, text in turns:
         if speaker == "human":
-            pieces = [tokenizer.encode(piece.strip("\n")) for piece in text.split("<image>")]
-            given += sum((image + piece for piece in pieces[1:]), pieces[0]) + [tokenizer.answer]
+            first, *rest = [tokenizer.encode(piece.strip("\n")) for piece in text.split("<image>")]
+            parts.append(sum((image + piece for piece in rest), first) + [tokenizer.answer])
         elif speaker == "gpt":
-            given += tokenizer.encode(text) + [tokenizer.eos]
+            parts.append(tokenizer.encode(text) + [tokenizer.eos])
         else:
-            given += tokenizer.encode(text + "\n")
+            parts[0] += tokenizer.encode(text + "\n")
     generated = [] if answer is None else tokenizer.encode(answer) + [tokenizer.eos]
-    room = config.block_size - len(given)
-    if room < max(len(generated), 1):
-        raise ValueError(f"{len(given)} tokens of pictures and text and {max(len(generated), 1)} "
+    room = config.block_size - max(len(generated), 1)
+    for i in range(1, len(parts) - 1):
+        if sum(map(len, parts)) > room:
+            parts[i] = [token for token in parts[i] if token == tokenizer.image]
+    given = sum(parts, [])
+    if len(given) > room:
+        raise ValueError(f"{len(given)} tokens of pictures and text and {config.block_size - room} "
                          f"of an answer are more than the model's {config.block_size} positions")
     roles = [IMAGE if token == tokenizer.image else PROMPT for token in given]
     return given + generated, roles + [ANSWER] * len(generated)

@@ -37,7 +37,7 @@ class Settings:
     preset: str = knob("nano", f"{', '.join(PRESETS)}: size of the model, refined by its flags")
     seed: int = knob(0, "draws weights and order of the data: same seed and threads, same run")
     align_steps: int = knob(450, "steps of stage 1: captions, under the causal mask")
-    steps: int = knob(4000, "steps of stage 2: questions and answers, under --mask")
+    steps: int = knob(4600, "steps of stage 2: questions and answers, under --mask")
     batch_size: int = knob(32, "examples a step: more make a step slower and steadier")
     align_lr: float = knob(0.02, "Muon's peak learning rate in stage 1")
     lr: float = knob(0.0025, "Muon's peak in stage 2; 0.01 destroys what stage 1 has learned")
@@ -47,11 +47,13 @@ class Settings:
     eval_every: int = knob(500, "steps of stage 2 between evaluations")
     eval_sample: int = knob(500, "held-out questions in each of them; the final test takes all")
     save_every: float = knob(60.0, "seconds between checkpoints: what a crash can cost")
+    share: int = knob(4, "questions about a picture in a batch: it is encoded once for them all")
     workers: int = knob(1, "processes that read and decode pictures; 0: the training process")
     device: str = knob("auto", "auto, cpu, cuda or mps")
 
     def __post_init__(self):
         least = {"steps": 1, "batch_size": 1, "warmup": 1, "eval_every": 1, "eval_sample": 1,
+                 "share": 1,
                  "align_steps": 0, "workers": 0, "seed": 0, "weight_decay": 0, "save_every": 0}
         for name, bound in least.items():
             if not getattr(self, name) >= bound:
@@ -203,9 +205,13 @@ def keep_freed_memory() -> None:
             mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
 
 
-def to(device: torch.device, batch: Batch) -> list:
-    """images, tokens, roles and targets of a batch, on a device."""
-    return [None if t is None else t.to(device, non_blocking=True) for t in batch[:4]]
+def loss_on(model: NanoAKI, batch: Batch, mask: str, device: torch.device) -> Tensor:
+    """Mean loss over the targets of a batch, whose every picture is encoded once."""
+    images, index, *text = (None if t is None else t.to(device, non_blocking=True)
+                            for t in batch[:5])
+    with autocast(device):
+        visual = None if images is None else model.see(images)[index]
+        return model.loss(visual, *text, mask=mask)
 
 
 # Evaluation: generate the answers, greedily, and compare -----------------------------------------
@@ -257,8 +263,7 @@ def held_out_loss(model: NanoAKI, examples: Examples, indices: list[int], mask: 
     for at in range(0, len(indices), batch_size):
         batch = examples.__getitems__(indices[at:at + batch_size])
         n = int((batch.targets != -100).sum())
-        with autocast(device):
-            total += n * model.loss(*to(device, batch), mask=mask).item()
+        total += n * loss_on(model, batch, mask, device).item()
         count += n
     return total / count
 
@@ -396,7 +401,7 @@ class Run:
         """Steps of a stage up to its end, or to a signal."""
         s, clock = self.settings, time.perf_counter
         batches = iter(loader(stage.examples, s.batch_size, [s.seed, self.stage], stage.steps,
-                              self.step, s.workers))
+                              self.step, s.share, s.workers))
         bar = tqdm(total=stage.steps, initial=self.step, desc=stage.name, unit="step",
                    dynamic_ncols=True, mininterval=0.2 if sys.stderr.isatty() else 30)
         examples, seconds, saved = 0, 0.0, clock()
@@ -428,8 +433,7 @@ class Run:
         """One step of the optimizers on one batch; returns its loss."""
         s = self.settings
         torch.manual_seed(s.seed * 10 ** 9 + self.stage * 10 ** 8 + self.step)  # dropout, on resume
-        with autocast(self.device):
-            loss = self.model.loss(*to(self.device, batch), mask=stage.mask)
+        loss = loss_on(self.model, batch, stage.mask, self.device)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         share = schedule(self.step, stage.steps, s.warmup)

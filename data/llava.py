@@ -6,9 +6,10 @@ Reads the one format, LLaVA's (data/README.md): records, their examples, and bat
     for batch in loader(examples, batch_size=64, seed=[0], steps=100): ...
 """
 import json
-import math
 import re
 import signal
+import sys
+from array import array
 from collections import Counter
 from pathlib import Path
 from typing import Iterable, Iterator, NamedTuple
@@ -18,6 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
+from tqdm import tqdm
 
 from nanoaki import Config, Tokenizer, build_sequence, fit_picture, pad_batch
 
@@ -39,6 +41,8 @@ def problem_with(record, folder: Path, seen: set[str]) -> str | None:
             return f'unknown speaker {turn.get("from")!r}: "human", "gpt" or "system"'
         if turn["from"] == "gpt" and not turn["value"].strip():
             return "an answer is empty"
+        if any("\ud800" <= c <= "\udfff" for c in turn["value"]):
+            return "text has a lone surrogate, which UTF-8 cannot encode"
         speakers.append(turn["from"])
     talk = speakers[speakers[:1] == ["system"]:]
     if not talk or talk != ["human", "gpt"] * (len(talk) // 2):
@@ -60,6 +64,7 @@ def problem_with(record, folder: Path, seen: set[str]) -> str | None:
             with Image.open(folder / picture) as image:
                 if image.width * image.height > Image.MAX_IMAGE_PIXELS:
                     return f"{picture}: {image.width} x {image.height} pixels are too many"
+                image.verify()  # of a PNG, all of it, undecoded; of others, what is cheap
         except FileNotFoundError:
             return f"{picture}: no such file"
         except Exception as e:  # Pillow raises whatever the bytes make it raise
@@ -69,7 +74,7 @@ def problem_with(record, folder: Path, seen: set[str]) -> str | None:
 
 
 def parse_list(text: str, path: Path) -> Iterator:
-    """The items of a JSON list, one at a time; raises ValueError where the text is not one."""
+    """The items of a JSON list and where each ends; raises ValueError if text is not a list."""
     decoder, space = json.JSONDecoder(), re.compile(r"\s*")
     at = space.match(text).end()
     if text[at:at + 1] != "[":
@@ -81,9 +86,9 @@ def parse_list(text: str, path: Path) -> Iterator:
             item, at = decoder.raw_decode(text, at)
         except RecursionError:
             raise ValueError(f"{path}: nested too deeply, at character {at}") from None
-        except json.JSONDecodeError as e:
+        except ValueError as e:
             raise ValueError(f"{path}: not JSON: {e}") from None
-        yield item
+        yield item, at
         at = space.match(text, at).end()
         more = text[at:at + 1] == ","
         at = space.match(text, at + more).end()
@@ -91,55 +96,72 @@ def parse_list(text: str, path: Path) -> Iterator:
         raise ValueError(f"{path}: not a JSON list: ',' or ']' expected at character {at}")
 
 
+def refuse(path: Path, bad: list[str], total: int, skip: bool) -> None:
+    """Raise ValueError that counts the bad and shows ten of them, or, to skip them, say so."""
+    lines = "\n  ".join([f"{path}: {len(bad):,} of {total:,} are bad", *bad[:10]])
+    if bad and not skip:
+        raise ValueError(lines + "\n  (--skip-bad trains on the rest)")
+    if bad:
+        print(f"skipping: {lines}", file=sys.stderr)
+
+
 class Records:
     """Checked records, packed into one block of bytes: processes share it and copy no objects."""
 
-    def __init__(self, folder: Path, records: Iterable[dict]):
-        self.folder, packed, ends, replies = folder, bytearray(), [], []
-        for record in records:
-            pictures, before = pictures_of(record), 0
-            turns = record["conversations"]
+    def __init__(self, path: Path, numbered: Iterable[tuple[int, dict]], skipped: int = 0):
+        packed, ends, numbers, replies = bytearray(), array("q"), array("q"), array("q")
+        pictures, group = [], -1  # of records in a row with the same pictures
+        for number, record in numbered:
+            group += not pictures or pictures != pictures_of(record)
+            turns, pictures, before = record["conversations"], pictures_of(record), 0
             placed = any("<image>" in t["value"] for t in turns if t["from"] == "human")
-            seen = 0 if placed else len(pictures)
+            shown = 0 if placed else len(pictures)
             for j, turn in enumerate(turns):
                 size = len(turn["value"].encode())
+                if turn["from"] == "human":
+                    shown += turn["value"].count("<image>")
                 if turn["from"] == "gpt":
-                    replies.append((len(ends), j, seen, before, size))
-                elif turn["from"] == "human":
-                    seen += turn["value"].count("<image>")
+                    replies.extend((len(ends), j, shown, before, size, group))
                 before += size + 2
-            packed += json.dumps(record).encode()
+            packed += json.dumps(record, ensure_ascii=False).encode()
             ends.append(len(packed))
+            numbers.append(number)
         if not ends:
-            raise ValueError(f"{folder}: there are no records")
+            raise ValueError(f"{path}: there are no records")
+        self.path, self.folder, self.skipped = path, path.parent, skipped
         self.data = torch.frombuffer(packed, dtype=torch.uint8)
-        self.ends = torch.tensor(ends)
-        self.replies = torch.tensor(replies)  # record, turn, pictures before, bytes before, bytes
+        self.ends = torch.frombuffer(ends, dtype=torch.int64)
+        self.numbers = torch.frombuffer(numbers, dtype=torch.int64)  # in the file
+        # Of each reply: record, turn, pictures before it, bytes before it, its own bytes, group.
+        self.replies = torch.frombuffer(replies, dtype=torch.int64).view(-1, 6)
 
     @classmethod
-    def read(cls, folder, name: str) -> "Records":
-        """Records of folder/name; raises ValueError that counts the bad and shows ten of them."""
-        folder, path = Path(folder), Path(folder) / name
+    def read(cls, folder, name: str, skip_bad: bool = False) -> "Records":
+        """Records of folder/name, all checked; raises ValueError on bad ones, or skips them."""
+        path, seen, bad = Path(folder) / name, set(), []
         try:
             text = path.read_text("utf-8")
         except OSError as e:
             raise ValueError(f"{path}: {e.strerror}") from None
         except UnicodeDecodeError as e:
             raise ValueError(f"{path}: not UTF-8: {e}") from None
-        seen, bad = set(), []
 
-        def good() -> Iterator[dict]:
-            for i, record in enumerate(parse_list(text, path)):
-                if problem := problem_with(record, folder, seen):
-                    id = record.get("id") if isinstance(record, dict) else None
-                    bad.append(f"  record {i} (id {id!r}): {problem}")
-                else:
-                    yield record
-            if bad:
-                bad.insert(0, f"{path}: {len(bad)} of {i + 1} records are bad")
-                raise ValueError("\n".join(bad[:11]))
+        def good() -> Iterator[tuple[int, dict]]:
+            n = -1
+            with tqdm(total=len(text), desc=f"reading {name}", unit="B", unit_scale=True,
+                      leave=False, delay=2) as bar:
+                for n, (record, at) in enumerate(parse_list(text, path)):
+                    if problem := problem_with(record, path.parent, seen):
+                        id = record.get("id") if isinstance(record, dict) else None
+                        bad.append(f"record {n} (id {id!r}): {problem}")
+                    else:
+                        yield n, record
+                    bar.update(at - bar.n)
+            refuse(path, bad, n + 1, skip_bad)
 
-        return cls(folder, good())
+        records = cls(path, good())
+        records.skipped = len(bad)
+        return records
 
     def __len__(self) -> int:
         return len(self.ends)
@@ -170,9 +192,12 @@ class Records:
             if wanted > 0:
                 held.add(names[n])
                 wanted -= counts[names[n]]
-        sides = [[self[i] for i, key in enumerate(keys) if (first(key) in held) == side]
-                 for side in (False, True)]
-        return Records(self.folder, sides[0]), Records(self.folder, sides[1])
+        if len(held) == len(names):
+            raise ValueError(f"{self.path}: its pictures are all linked, none can be held out; "
+                             f"write a val.json")
+        sides = [[(int(self.numbers[i]), self[i]) for i, key in enumerate(keys)
+                  if (first(key) in held) == side] for side in (False, True)]
+        return Records(self.path, sides[0], self.skipped), Records(self.path, sides[1])
 
     def texts(self, limit: int, seed: int = 0) -> Iterator[str]:
         """All text of the records, in an order drawn from seed, up to limit bytes."""
@@ -196,7 +221,8 @@ class Example(NamedTuple):
 
 
 class Batch(NamedTuple):
-    images: Tensor | None  # uint8 (pictures in the batch, 3, H, W)
+    images: Tensor | None  # uint8 (different pictures, 3, H, W)
+    index: Tensor          # int64: which of them stands at each <image> of the batch
     tokens: Tensor         # int64 (B, T)
     roles: Tensor          # int64 (B, T)
     targets: Tensor        # int64 (B, T), -100 outside ANSWER
@@ -207,26 +233,35 @@ class Examples(Dataset):
     """A conversation of n turns is n examples; as captions, a record is its last reply alone."""
 
     def __init__(self, records: Records, tokenizer: Tokenizer, config: Config,
-                 captions: bool = False):
+                 captions: bool = False, skip_bad: bool = False):
         self.records, self.tokenizer = records, tokenizer
         self.config, self.captions = config, captions
         replies = records.replies
         if captions:
             last = torch.cat([replies[1:, 0] != replies[:-1, 0], torch.tensor([True])])
-            replies = replies[last] * torch.tensor([1, 1, 1, 0, 1])
+            replies = replies[last] * torch.tensor([1, 1, 1, 0, 1, 1])
         self.index = replies[:, :2]  # (record, turn) of each example
         visual = replies[:, 2] * config.visual_tokens
         text = replies[:, 3] + replies[:, 4] + 2  # bytes, <answer> and <eos>: no fewer than tokens
+        bad = {}
         for i in (visual + text > config.block_size).nonzero()[:, 0].tolist():
             try:
                 self[i]
             except ValueError as e:
-                record = int(self.index[i, 0])
-                raise ValueError(f"{records.folder}: record {record} "
-                                 f"(id {records[record].get('id')!r}): {e}") from None
+                r = int(self.index[i, 0])
+                bad[i] = f"record {records.numbers[r]} (id {records[r].get('id')!r}): {e}"
+        refuse(records.path, list(bad.values()), len(self), skip_bad)
+        self.skipped = len(bad)
+        keep = torch.ones(len(self), dtype=torch.bool)
+        keep[list(bad)] = False
+        self.index, visual, text = self.index[keep], visual[keep], text[keep]
+        self.groups = replies[keep, 5]
+        if not len(self):
+            raise ValueError(f"{records.path}: there are no examples")
         some = range(0, len(self), -(-len(self) // 500))
         tokens = sum(len(self[i].whole[0]) - int(visual[i]) for i in some)
         self.lengths = visual + text * (tokens / int(text[some].sum()))  # in tokens, about
+        self.lengths.clamp_(max=config.block_size)  # a longer history is shortened
 
     def __len__(self) -> int:
         return len(self.index)
@@ -242,8 +277,8 @@ class Examples(Dataset):
         prompt = build_sequence(self.tokenizer, self.config, given, len(pictures))
         whole = build_sequence(self.tokenizer, self.config, given, len(pictures), answer)
         question = given[-1][1].replace("<image>", "").strip()
-        return Example(str(r.get("id", record)), str(r.get("task", "")), question, answer, prompt,
-                       whole, pictures)
+        return Example(str(r.get("id", int(self.records.numbers[record]))), str(r.get("task", "")),
+                       question, answer, prompt, whole, pictures)
 
     def __getitem__(self, i: int) -> Example:
         return self.example(*self.index[i].tolist())
@@ -256,51 +291,64 @@ class Examples(Dataset):
         except Exception as e:
             raise ValueError(f"{path}: the picture cannot be read ({type(e).__name__}: {e})") from e
 
-    def __getitems__(self, indices: list[int]) -> Batch:
-        """The batch of some examples, their pictures decoded."""
+    def __getitems__(self, indices: list[int]) -> "Batch | ValueError":
+        """The batch of some examples, pictures decoded; or what is wrong with one, to raise."""
         examples = [self[i] for i in indices]
-        pictures = [self.picture(path) for e in examples for path in e.pictures]
-        tokens, roles, targets = pad_batch([e.whole for e in examples])
-        return Batch(torch.stack(pictures) if pictures else None, tokens, roles, targets,
-                     [e.id for e in examples])
+        number = {path: n for n, path in enumerate({p: None for e in examples for p in e.pictures})}
+        try:
+            pictures = [self.picture(path) for path in number]
+        except ValueError as e:
+            return e  # raised in a worker, it would reach the user as a traceback
+        index = torch.tensor([number[p] for e in examples for p in e.pictures], dtype=torch.int64)
+        return Batch(torch.stack(pictures) if pictures else None, index,
+                     *pad_batch([e.whole for e in examples]), [e.id for e in examples])
 
 
 class Batches(Sampler):
     """Indices of each step's batch, from step `start` to `steps`: a pure function of (seed, step).
 
-    Every example comes once an epoch, but for the last few that fill no batch. A window of batches
-    is sorted by length, lengths within a fifth of each other counting as equal: little padding, and
-    batches still mixed.
+    Every example comes once an epoch, but for the last few that fill no batch. Up to `share`
+    examples about the same pictures stand together. A window of batches is sorted by length, those
+    within a fifth of each other counting as equal: little padding, and batches still mixed.
     """
 
-    def __init__(self, lengths: Tensor, batch_size: int, seed: list[int], steps: int,
-                 start: int = 0, window: int = 32):
-        self.lengths, self.batch_size, self.seed = lengths.numpy(), batch_size, seed
-        self.steps, self.start, self.window = steps, start, window * batch_size
+    def __init__(self, examples: "Examples", batch_size: int, seed: list[int], steps: int,
+                 start: int = 0, share: int = 1, window: int = 32):
+        self.lengths, self.groups = examples.lengths.numpy(), examples.groups.numpy()
+        self.batch_size, self.seed, self.steps, self.start = batch_size, seed, steps, start
+        self.share, self.window = share, window * batch_size
 
     def __len__(self) -> int:
         return self.steps - self.start
 
     def epoch(self, number: int) -> np.ndarray:
         """All batches of an epoch, (batches, batch_size)."""
-        rng, n = np.random.default_rng([*self.seed, number]), len(self.lengths)
-        rounds = -(-self.batch_size // n)  # fewer examples than a batch: they come more than once
-        order = np.concatenate([rng.permutation(n) for _ in range(rounds)])
+        rng = np.random.default_rng([*self.seed, number])
+        rounds = -(-self.batch_size // len(self.groups))  # fewer examples than a batch: repeat
+        order = np.concatenate([self.shuffled(rng) for _ in range(rounds)])
         order = order[:len(order) // self.batch_size * self.batch_size]
         for at in range(0, len(order), self.window):
-            part, least, group = order[at:at + self.window], 0, []
-            part[:] = part[np.argsort(self.lengths[part], kind="stable")]
-            for length in self.lengths[part]:
-                least = length if length > 1.2 * least else least
-                group.append(least)
-            shuffled = rng.permutation(len(part))
-            part[:] = part[shuffled[np.argsort(np.array(group)[shuffled], kind="stable")]]
+            part, bounds = order[at:at + self.window], [0.0]
+            for length in np.unique(self.lengths[part]):
+                if length > 1.2 * bounds[-1]:
+                    bounds.append(length)
+            classes = np.searchsorted(bounds, self.lengths[part], side="right")
+            part[:] = part[np.argsort(classes, kind="stable")]
         return rng.permutation(order.reshape(-1, self.batch_size))
+
+    def shuffled(self, rng: np.random.Generator) -> np.ndarray:
+        """Every example once, up to `share` of a group in a row."""
+        order = rng.permutation(len(self.groups))
+        order = order[np.argsort(self.groups[order], kind="stable")]
+        first = np.searchsorted(self.groups[order], self.groups[order])  # of its group
+        cuts = np.flatnonzero((np.arange(len(order)) - first) % self.share == 0)
+        parts = np.split(order, cuts[1:])
+        return np.concatenate([parts[i] for i in rng.permutation(len(parts))])
 
     def __iter__(self) -> Iterator[list[int]]:
         number = batches = None
         for step in range(self.start, self.steps):
-            per_epoch = max(1, len(self.lengths) // self.batch_size)
+            per_epoch = max(1, len(self.groups) // self.batch_size)
             if step // per_epoch != number:
                 number = step // per_epoch
                 batches = self.epoch(number)
@@ -308,9 +356,9 @@ class Batches(Sampler):
 
 
 def loader(examples: Examples, batch_size: int, seed: list[int], steps: int, start: int = 0,
-           workers: int = 1) -> DataLoader:
+           share: int = 1, workers: int = 1) -> DataLoader:
     """The batches of steps start to steps, read and decoded by worker processes."""
-    batches = Batches(examples.lengths, batch_size, seed, steps, start)
+    batches = Batches(examples, batch_size, seed, steps, start, share)
     return DataLoader(examples, batch_sampler=batches, num_workers=workers, collate_fn=_whole,
                       pin_memory=torch.cuda.is_available(), worker_init_fn=_quiet,
                       prefetch_factor=4 if workers else None)

@@ -2,6 +2,7 @@
 import json
 import re
 from collections import Counter, defaultdict
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from PIL import Image
 from data import shapes
 from data.llava import Batches, Examples, Records, loader, parse_list
 from helpers import make_tiny
-from nanoaki import ANSWER, IMAGE, Config, Tokenizer
+from nanoaki import ANSWER, IMAGE, Config, NanoAKI, Tokenizer
 
 CONFIG = Config(image_size=16, patch_size=8, vit_embd=32, n_embd=32, n_head=2, vit_head=2, block_size=96)
 
@@ -120,28 +121,60 @@ def test_every_word_of_shapes_is_one_token(made):
     assert all(len(tokenizer.encode(word)) == 1 for word in words)
 
 
+def alone(lengths):
+    """Examples of these lengths, each with a picture of its own, as far as Batches looks at them."""
+    return SimpleNamespace(lengths=lengths.double(), groups=torch.arange(len(lengths)))
+
+
 def test_batches_are_a_function_of_seed_and_step_and_hold_every_example_once_an_epoch():
-    lengths = torch.randint(5, 400, (1000,))
+    lengths = alone(torch.randint(5, 400, (1000,)))
     whole = list(Batches(lengths, 10, [3, 1], 250))
     assert list(Batches(lengths, 10, [3, 1], 250, start=130)) == whole[130:]
     assert list(Batches(lengths, 10, [4, 1], 250)) != whole
     for epoch in (whole[:100], whole[100:200]):
         assert sorted(sum(epoch, [])) == list(range(1000))
     assert whole[:100] != whole[100:200]
-    assert [len(b) for b in Batches(torch.tensor([5, 6, 7]), 8, [0, 0], 4)] == [8] * 4
+    assert [len(b) for b in Batches(alone(torch.tensor([5, 6, 7])), 8, [0, 0], 4)] == [8] * 4
 
 
 @pytest.mark.parametrize("lengths", [torch.randint(5, 400, (20000,)), torch.randint(42, 53, (20000,)),
                                      torch.tensor([46 + 3 * (i % 5) for i in range(20000)])])
 def test_padding_is_under_15_percent_where_random_batches_may_waste_half(lengths):
-    batches = list(Batches(lengths, 32, [0, 0], 500))
+    batches = list(Batches(alone(lengths), 32, [0, 0], 500))
     longest = sum(32 * int(lengths[b].max()) for b in batches)
     assert 1 - sum(int(lengths[b].sum()) for b in batches) / longest < 0.15
 
 
 def test_batches_of_one_length_are_not_the_rule_where_lengths_are_alike():
     lengths = torch.tensor([44, 48, 52]).repeat(4000)
-    assert all(len(set(lengths[b].tolist())) == 3 for b in Batches(lengths, 32, [0, 0], 100))
+    assert all(len(set(lengths[b].tolist())) == 3 for b in Batches(alone(lengths), 32, [0, 0], 100))
+
+
+def test_examples_about_a_picture_share_a_batch_and_still_come_once_an_epoch():
+    examples = SimpleNamespace(lengths=torch.full((700,), 50.0), groups=torch.arange(100).repeat_interleave(7))
+    batches = list(Batches(examples, 10, [0, 0], 70, share=4))
+    assert sorted(sum(batches, [])) == list(range(700))
+    pictures = [len(set(examples.groups[b].tolist())) for b in batches]
+    assert sum(pictures) / 70 < 5 < sum(len(set(examples.groups[b].tolist()))
+                                        for b in Batches(examples, 10, [0, 0], 70)) / 70
+    first = {tuple(sorted(i % 7 for i in b if i // 7 == b[0] // 7)) for b in batches}
+    assert len(first) > 10  # not always the same questions together
+
+
+def test_a_picture_encoded_once_for_its_questions_gives_the_gradient_of_one_each(tmp_path):
+    folder = make_tiny(tmp_path / "data", n=20)
+    examples = Examples(Records.read(folder, "train.json"), Tokenizer([]), CONFIG)
+    model = NanoAKI(CONFIG).double()
+    batch = examples.__getitems__([0, 7, 1, 6, 3])
+    assert len(batch.images) == 3 and batch.index.tolist() == [0, 1, 0, 1, 2]
+    gradients = []
+    for images in (model.see(batch.images)[batch.index], batch.images[batch.index],
+                   batch.images[batch.index.flip(0)]):
+        model.zero_grad()
+        model.loss(images, batch.tokens, batch.roles, batch.targets).backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    assert torch.allclose(gradients[0], gradients[1], atol=1e-12)
+    assert not torch.allclose(gradients[0], gradients[2], atol=1e-6)
 
 
 def test_a_conversation_of_n_turns_is_n_examples_with_all_before_as_prompt(tmp_path):
@@ -159,8 +192,9 @@ def test_a_conversation_of_n_turns_is_n_examples_with_all_before_as_prompt(tmp_p
         assert tokens == [*e.answer.encode(), Tokenizer.eos]
         assert e.whole[0][:len(e.prompt[0])] == e.prompt[0] and ANSWER not in e.prompt[1]
     batch = examples.__getitems__([2, 1, 0])
-    assert batch.images.shape == (3, 3, 16, 16) and batch.images.dtype == torch.uint8
-    assert batch.images[2, 0].sum() > batch.images[2, 2].sum()  # the last row's picture is the red one
+    assert batch.images.shape == (2, 3, 16, 16) and batch.images.dtype == torch.uint8
+    assert batch.index.tolist() == [0, 1, 0]  # the rows: none, both, the first
+    assert batch.images[0, 0].sum() > batch.images[0, 2].sum()  # which is red
 
 
 BAD = {
@@ -197,7 +231,7 @@ def test_an_answer_that_does_not_fit_the_positions_is_refused_with_its_record(tm
 
 def test_records_are_read_one_by_one_as_json_reads_them_at_once(tmp_path):
     for text in ('[]', ' [ ] ', '[1]', '[1, "a]", {"b": [2]}, null ]\n', '[{"a": "\\u20ac,"},\n{}]'):
-        assert list(parse_list(text, tmp_path)) == json.loads(text)
+        assert [item for item, _ in parse_list(text, tmp_path)] == json.loads(text)
 
 
 def test_a_held_out_share_has_no_picture_on_both_sides(tmp_path):

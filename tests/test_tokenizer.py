@@ -110,7 +110,15 @@ def test_every_merge_is_of_a_most_frequent_pair_counted_anew():
                     pairs[pair] += times
             if n < len(trained.merges):
                 assert pairs[trained.merges[n]] == max(pairs.values()) >= 2
+            if n == 0:  # max is the first of equals
+                assert trained.merges[0] == max(pairs, key=pairs.get)
         assert len(trained) == vocab_size or max(pairs.values(), default=0) < 2
+
+
+def test_of_equally_frequent_pairs_the_first_seen_is_merged():
+    for first in ("zy", "ab", "ba", "qx", "\x7f\0"):
+        text = first + " mn op " + first + " op mn"
+        assert Tokenizer.train([text], 261).merges == [tuple(first.encode())]
 
 
 @pytest.mark.parametrize("vocab_size", [260, 261, 300])
