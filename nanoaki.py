@@ -370,12 +370,12 @@ class NanoAKI(nn.Module):
                temperature: float = 0.0, top_k: int | None = None, mask: str | None = None):
         """Yield, for every step, the B new ids (None for rows that have ended); see generate."""
         c, (B, T) = self.config, tokens.shape
-        room = c.block_size - (roles != PAD).sum(1)                     # (B,)
-        if int(room.min()) < 1:
-            raise ValueError(f"a prompt of {c.block_size - int(room.min())} tokens leaves no room "
-                             f"for an answer in the model's {c.block_size} positions")
+        room = [c.block_size - n for n in (roles != PAD).sum(1).tolist()]
+        if min(room) < 1:
+            raise ValueError(f"a prompt of {c.block_size - min(room)} tokens leaves no room for an "
+                             f"answer in the model's {c.block_size} positions")
         last = (torch.arange(T, device=roles.device) * (roles != PAD)).argmax(1)  # of what is given
-        steps = min(max_new_tokens, int(room.max()))
+        steps = min(max_new_tokens, max(room))
         x = self.embed(images, tokens, roles)                           # (B, T, n_embd)
         roles = F.pad(roles, (0, steps), value=ANSWER)                  # answers from column T on
         seen = make_mask(mask or c.mask, roles)[:, None]                # (B, 1, keys, keys)
@@ -455,7 +455,7 @@ class NanoAKI(nn.Module):
             tokenizer = None if state["merges"] is None else Tokenizer(state["merges"])
             model = cls(Config(**state["config"]), tokenizer)
             model.load_state_dict(state["model"])
-        except (KeyError, TypeError, RuntimeError, ValueError) as e:
+        except (KeyError, IndexError, TypeError, RuntimeError, ValueError) as e:
             reason = " ".join(str(e).split())[:200]
             raise ValueError(f"{path}: config, tokenizer and weights do not fit: {reason}") from e
         return model.eval()

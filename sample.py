@@ -58,14 +58,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn (default 0)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default auto)")
     args = parser.parse_args(argv)
-    for name, value, least in [("temperature", args.temperature, 0), ("top-k", args.top_k, 1),
-                               ("max-new-tokens", args.max_new_tokens, 1)]:
-        if value is not None and not value >= least:
+    if args.temperature != 0 and not 0.01 <= args.temperature <= 100:
+        fail(f"--temperature must be 0, or between 0.01 and 100, not {args.temperature}")
+    for name, value, least in (("top-k", args.top_k, 1), ("max-new-tokens", args.max_new_tokens, 1),
+                               ("seed", args.seed, 0)):
+        if value is not None and not least <= value < 2 ** 62:
             fail(f"--{name} must be at least {least}, not {value}")
     if any(not question.strip() for question in args.ask or []):
         fail("--ask: a question is empty")
-    torch.manual_seed(args.seed)
     try:
+        torch.manual_seed(args.seed)
         device, reason = choose_device(args.device)
         model = NanoAKI.load(args.model).to(device)
         pictures = [open_picture(path) for path in args.image]
@@ -91,6 +93,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # a console may not know every character
     try:
         main()
     except KeyboardInterrupt:

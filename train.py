@@ -4,24 +4,29 @@ Train a vision-language model with modality-mutual attention: on captions, then 
     python train.py                                     # shapes: ten minutes on two CPU cores
     python train.py --mask causal --out out/causal      # the same under another mask
     python train.py --resume                            # go on after Ctrl-C
+    torchrun --nproc_per_node=2 train.py                # on two processes or GPUs
 """
 import argparse
 import ctypes
 import difflib
 import json
 import math
+import os
+import shlex
 import signal
 import sys
 import time
 from collections import defaultdict
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data import shapes
@@ -38,7 +43,10 @@ class Settings:
     seed: int = knob(0, "draws weights and order of the data: same seed and threads, same run")
     align_steps: int = knob(450, "steps of stage 1: captions, under the causal mask")
     steps: int = knob(4600, "steps of stage 2: questions and answers, under --mask")
-    batch_size: int = knob(32, "examples a step: more make a step slower and steadier")
+    init: str = knob("", "checkpoint to begin stage 2 from, with its tokenizer and config")
+    freeze: str = knob("", "vit, decoder or both, with a comma: keep them as --init has them")
+    batch_size: int = knob(32, "examples a step, over all processes: more are slower, steadier")
+    grad_accum: int = knob(1, "parts that a process splits its share of a batch into: less memory")
     align_lr: float = knob(0.02, "Muon's peak learning rate in stage 1")
     lr: float = knob(0.0025, "Muon's peak in stage 2; 0.01 destroys what stage 1 has learned")
     adamw_lr: float = knob(0.002, "AdamW's peak in both stages: embeddings, norms and biases")
@@ -49,20 +57,31 @@ class Settings:
     save_every: float = knob(60.0, "seconds between checkpoints: what a crash can cost")
     share: int = knob(4, "questions about a picture in a batch: it is encoded once for them all")
     workers: int = knob(1, "processes that read and decode pictures; 0: the training process")
+    skip_bad: bool = knob(False, "leave bad records out, counted, where the run would be refused")
+    compile: bool = knob(False, "torch.compile: a slow start, then faster steps on a GPU")
+    dtype: str = knob("auto", "float32 or bfloat16 (autocast); auto is bfloat16 on CUDA alone")
     device: str = knob("auto", "auto, cpu, cuda or mps")
 
     def __post_init__(self):
         least = {"steps": 1, "batch_size": 1, "warmup": 1, "eval_every": 1, "eval_sample": 1,
-                 "share": 1,
+                 "share": 1, "grad_accum": 1,
                  "align_steps": 0, "workers": 0, "seed": 0, "weight_decay": 0, "save_every": 0}
+        if self.seed >= 10 ** 9:
+            raise ValueError(f"seed must be below 10^9, not {self.seed}")
         for name, bound in least.items():
             if not getattr(self, name) >= bound:
                 raise ValueError(f"{name} must be at least {bound}, not {getattr(self, name)}")
         for name in ("align_lr", "lr", "adamw_lr"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be above 0, not {getattr(self, name)}")
-        if self.preset not in PRESETS:
-            raise ValueError(f"preset {self.preset!r} is none of {', '.join(PRESETS)}")
+        for name, names in (("preset", list(PRESETS)), ("dtype", ["auto", "float32", "bfloat16"])):
+            if getattr(self, name) not in names:
+                raise ValueError(f"{name} {getattr(self, name)!r} is none of {', '.join(names)}")
+        for part in filter(None, self.freeze.split(",")):
+            if part not in ("vit", "decoder"):
+                raise ValueError(f"freeze {self.freeze!r} must be vit, decoder or vit,decoder")
+        if self.freeze and not self.init:
+            raise ValueError("freeze needs init: a part that was never trained knows nothing")
 
 
 # Command line ------------------------------------------------------------------------------------
@@ -103,7 +122,8 @@ def parse(argv: list[str] | None) -> tuple[dict, bool]:
     for title, cls in (("training", Settings), ("model; defaults of preset nano", Config)):
         group = parser.add_argument_group(title)
         for f in fields(cls):
-            group.add_argument(flag(f.name), type=type(f.default), default=argparse.SUPPRESS,
+            how = {"action": "store_true"} if f.default is False else {"type": type(f.default)}
+            group.add_argument(flag(f.name), **how, default=argparse.SUPPRESS,
                                help=f"{f.metadata['help']} (default {f.default!r})")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
     given = vars(parser.parse_args(argv))
@@ -149,7 +169,10 @@ class Muon(torch.optim.Optimizer):
                     stacks[p.shape].append(p)
             for (rows, columns), ps in stacks.items():
                 grads = [p.grad for p in ps]
-                momenta = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in ps]
+                for p in ps:
+                    if not self.state[p]:
+                        self.state[p]["momentum"] = torch.zeros_like(p)
+                momenta = [self.state[p]["momentum"] for p in ps]
                 torch._foreach_lerp_(momenta, grads, 1 - momentum)
                 nesterov = torch.stack(torch._foreach_lerp(grads, momenta, momentum))
                 updates = orthogonalize(nesterov).unbind()
@@ -163,7 +186,7 @@ def make_optimizers(model: NanoAKI, lr: float, adamw_lr: float,
     matrices, rest = [], []
     for name, p in model.named_parameters():
         inside = p.dim() == 2 and ("blocks" in name or "projector" in name)
-        (matrices if inside else rest).append(p)
+        (matrices if inside else rest).extend([p] * p.requires_grad)
     fused = rest[0].device.type in ("cpu", "cuda")
     return [Muon(matrices, lr, weight_decay=weight_decay),
             torch.optim.AdamW(rest, adamw_lr, betas=(0.9, 0.95), weight_decay=0.0, fused=fused)]
@@ -174,7 +197,7 @@ def schedule(step: int, steps: int, warmup: int) -> float:
     return min((step + 1) / warmup, 1) * (1 + math.cos(math.pi * step / steps)) / 2
 
 
-# Device ------------------------------------------------------------------------------------------
+# Device and processes ----------------------------------------------------------------------------
 
 
 def choose_device(name: str) -> tuple[torch.device, str]:
@@ -184,6 +207,8 @@ def choose_device(name: str) -> tuple[torch.device, str]:
         raise ValueError(f"device {name!r} must be auto or one that torch {torch.__version__} "
                          f"finds here: {', '.join(d for d in has if has[d])}")
     device = name if name != "auto" else next(d for d in has if has[d])
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     why = {"cuda": "a CUDA GPU was found", "mps": "an Apple GPU was found", "cpu": "no GPU found"}
     what = f"{torch.get_num_threads()} threads, float32"
     if device == "cuda":
@@ -192,8 +217,23 @@ def choose_device(name: str) -> tuple[torch.device, str]:
     return torch.device(device), f"device: {device}, {what} ({reason})"
 
 
-def autocast(device: torch.device) -> torch.autocast:
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+def autocast(device: torch.device, dtype: str = "auto") -> torch.autocast:
+    enabled = dtype == "bfloat16" or dtype == "auto" and device.type == "cuda"
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+
+
+def rank_and_world() -> tuple[int, int]:
+    """This process's number and how many there are: 0 and 1 without torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def total(*numbers: float, device: torch.device) -> list[float]:
+    """Each number, summed over all processes."""
+    if not dist.is_initialized():
+        return list(numbers)
+    summed = torch.tensor(numbers, dtype=torch.float64, device=device)
+    dist.all_reduce(summed)
+    return summed.tolist()
 
 
 def keep_freed_memory() -> None:
@@ -205,13 +245,21 @@ def keep_freed_memory() -> None:
             mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
 
 
-def loss_on(model: NanoAKI, batch: Batch, mask: str, device: torch.device) -> Tensor:
-    """Mean loss over the targets of a batch, whose every picture is encoded once."""
-    images, index, *text = (None if t is None else t.to(device, non_blocking=True)
-                            for t in batch[:5])
-    with autocast(device):
-        visual = None if images is None else model.see(images)[index]
-        return model.loss(visual, *text, mask=mask)
+class Objective(torch.nn.Module):
+    """The training loss of a batch as a module, which DDP and torch.compile can wrap."""
+
+    def __init__(self, model: NanoAKI, device: torch.device, dtype: str):
+        super().__init__()
+        self.model, self.device, self.dtype = model, device, dtype
+
+    def forward(self, batch: Batch, mask: str) -> Tensor:
+        """Mean over the targets of a batch, whose every picture is encoded once."""
+        gpu = self.device.type == "cuda"  # on MPS, a copy that does not block may read freed memory
+        images, index, *text = (None if t is None else t.to(self.device, non_blocking=gpu)
+                                for t in batch[:5])
+        with autocast(self.device, self.dtype):
+            visual = None if images is None else self.model.see(images)[index]
+            return self.model.loss(visual, *text, mask=mask)
 
 
 # Evaluation: generate the answers, greedily, and compare -----------------------------------------
@@ -228,12 +276,13 @@ def answer_all(model: NanoAKI, examples: Examples, indices: list[int], mask: str
     """The model's greedy answers to some examples; blind: with the picture of another of them.
 
     Generation stops a token after the longest right answer of its batch: what is longer is wrong.
+    Every process answers its share and gets all answers.
     """
-    device, found = next(model.parameters()).device, {}
+    device, found, (rank, world) = next(model.parameters()).device, {}, rank_and_world()
     other = derangement(examples, indices) if blind else {}
-    by_length = sorted(indices, key=lambda i: float(examples.lengths[i]))
-    for at in range(0, len(indices), batch_size):
-        part = by_length[at:at + batch_size]
+    mine = sorted(indices, key=lambda i: float(examples.lengths[i]))[rank::world]
+    for at in range(0, len(mine), batch_size):
+        part = mine[at:at + batch_size]
         some = [examples[i] for i in part]
         pictures = [examples.picture(other.get(p, p)) for e in some for p in e.pictures]
         tokens, roles, _ = pad_batch([e.prompt for e in some])
@@ -242,30 +291,56 @@ def answer_all(model: NanoAKI, examples: Examples, indices: list[int], mask: str
             rows = model.generate(torch.stack(pictures).to(device) if pictures else None,
                                   tokens.to(device), roles.to(device), longest, mask=mask)
         found |= {i: model.tokenizer.decode(ids).strip() for i, ids in zip(part, rows)}
+    if world > 1:
+        shares = [None] * world
+        dist.all_gather_object(shares, found)
+        found = {i: answer for share in shares for i, answer in share.items()}
     return [found[i] for i in indices]
 
 
-def accuracy(examples: Examples, indices: list[int], given: list[str]) -> dict[str, float]:
-    """Share of exact matches, outer white space aside: of each task, and of "all"."""
+def score(examples: Examples, indices: list[int], given: list[str]) -> tuple[dict, dict]:
+    """Share of exact matches, outer white space aside, and their number: by task and of "all"."""
     hits = defaultdict(list)
     for i, answer in zip(indices, given):
         example = examples[i]
-        for task in filter(None, ("all", example.task)):
+        for task in {"all", example.task or "all"}:
             hits[task].append(answer == example.answer.strip())
-    return {task: sum(hit) / len(hit) for task, hit in sorted(hits.items())}
+    return ({task: sum(hit) / len(hit) for task, hit in sorted(hits.items())},
+            {task: len(hit) for task, hit in sorted(hits.items())})
+
+
+def blind_score(model: NanoAKI, examples: Examples, indices: list[int]) -> dict[str, float]:
+    """Accuracy by task with another record's picture; nothing where there is no other picture."""
+    if len(derangement(examples, indices)) < 2:
+        return {}
+    return score(examples, indices, answer_all(model, examples, indices, blind=True))[0]
+
+
+def percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.1%}"
 
 
 @torch.no_grad()
-def held_out_loss(model: NanoAKI, examples: Examples, indices: list[int], mask: str,
+def held_out_loss(objective: Objective, examples: Examples, indices: list[int], mask: str,
                   batch_size: int = 250) -> float:
-    """Mean loss over the answer tokens of some examples, in nats."""
-    device, total, count = next(model.parameters()).device, 0.0, 0
+    """Mean loss over the answer tokens of some examples, in nats; every process takes a share."""
+    rank, world = rank_and_world()
+    loss = count = 0
     for at in range(0, len(indices), batch_size):
-        batch = examples.__getitems__(indices[at:at + batch_size])
-        n = int((batch.targets != -100).sum())
-        total += n * loss_on(model, batch, mask, device).item()
-        count += n
-    return total / count
+        if part := indices[at:at + batch_size][rank::world]:
+            batch = good(examples.__getitems__(part))
+            n = int((batch.targets != -100).sum())
+            loss += n * objective(batch, mask).item()
+            count += n
+    loss, count = total(loss, count, device=objective.device)
+    return loss / count
+
+
+def good(batch: Batch | ValueError) -> Batch:
+    """A batch that was read; raises what a loader's process found wrong with it."""
+    if isinstance(batch, ValueError):
+        raise batch
+    return batch
 
 
 # What a run shows --------------------------------------------------------------------------------
@@ -275,7 +350,8 @@ def results_table(right: dict, blind: dict, counts: dict) -> str:
     """Accuracy by task, and blind: the same questions about another record's picture."""
     lines = [f"{'task':<12}{'accuracy':>10}{'blind':>10}{'questions':>11}"]
     for task in sorted(counts, key=lambda task: (task == "all", task)):
-        lines.append(f"{task:<12}{right[task]:>10.1%}{blind[task]:>10.1%}{counts[task]:>11,}")
+        lines.append(f"{task:<12}{percent(right[task]):>10}{percent(blind.get(task)):>10}"
+                     f"{counts[task]:>11,}")
     return "\n".join(lines)
 
 
@@ -298,14 +374,15 @@ def draw_samples(examples: Examples, indices: list[int], given: list[str]) -> Im
             pixels = examples.picture(example.pictures[0]).permute(1, 2, 0).numpy()
             picture = Image.fromarray(pixels).resize((side, side), Image.Resampling.NEAREST)
             sheet.paste(picture, (x, y))
-        first = fit(example.question)
-        if len(first) < len(example.question) and " " in first:
+        question, right, answer = (" ".join(t.split()) for t in
+                                   (example.question, example.answer, answer))
+        first = fit(question)
+        if len(first) < len(question) and " " in first:
             first = first[:first.rindex(" ")]
-        lines = [first, example.question[len(first):].strip(), f"right: {example.answer}",
-                 f"model: {answer}"]
+        lines = [first, question[len(first):].strip(), f"right: {right}", f"model: {answer}"]
         for k, text in enumerate(lines):
             color = "black" if k < 3 else "#c00000" if wrong else "#006000"
-            draw.text((x, y + side + 2 + k * line), fit(" ".join(text.split())), color, font)
+            draw.text((x, y + side + 2 + k * line), fit(text), color, font)
         if wrong:
             draw.rectangle((x - 3, y - 3, x + side + 2, y + side + 2), outline="#c00000", width=3)
     return sheet
@@ -331,22 +408,36 @@ class Run:
                  device: torch.device, state: dict | None = None):
         self.settings, self.model, self.stages = settings, model.to(device), stages
         self.device, self.out = device, Path(settings.out)
+        self.rank, self.world = rank_and_world()
+        for part in filter(None, settings.freeze.split(",")):
+            getattr(model, part).requires_grad_(False)
+        self.objective = self.parallel = Objective(model, device, settings.dtype)
+        if settings.compile:
+            self.parallel = torch.compile(self.parallel)
+        if self.world > 1:  # a process may have no picture in its share of a batch
+            self.parallel = DistributedDataParallel(self.parallel, find_unused_parameters=True)
         self.stage = self.step = 0
         self.best = math.inf    # lowest held-out loss of stage 2: that of model.pt
         self.losses = []        # of each step since the last evaluation
         self.asked_to_stop = 0  # the signal
         self.waited = self.trained = self.evaluated = 0.0  # seconds of this process
-        self.metrics = open(self.out / "metrics.jsonl", "a")
+        self.metrics = open(self.out / "metrics.jsonl" if self.rank == 0 else os.devnull, "a")
         seconds = 0.0
         if state:
             self.stage, self.step, self.best = state["stage"], state["step"], state["best"]
             self.losses, seconds = state["losses"], state["seconds"]
             model.load_state_dict(state["model"])
-            self.metrics.truncate(state["metrics"])
+            if self.rank == 0:
+                self.metrics.truncate(state["metrics"])
+            if state["world"] != self.world:
+                print(f"{state['world']} processes began this run and {self.world} go on: sums are "
+                      f"rounded otherwise, so it is no longer bit-identical")
         self.began = time.perf_counter() - seconds
         self.make_optimizers()
         for optimizer, saved in zip(self.optimizers, state["optimizers"] if state else []):
             optimizer.load_state_dict(saved)
+        if not state:
+            self.save()
 
     def make_optimizers(self) -> None:
         """New ones for each stage; none after the last."""
@@ -357,18 +448,23 @@ class Run:
 
     def save(self) -> None:
         """Write last.pt, and model.pt as long as no held-out loss has chosen one."""
-        self.metrics.flush()
+        if self.rank:
+            return
+        self.metrics.seek(0, os.SEEK_END)
         save_file({"settings": asdict(self.settings), "config": asdict(self.model.config),
                    "merges": self.model.tokenizer.merges, "model": self.model.state_dict(),
                    "optimizers": [o.state_dict() for o in self.optimizers], "stage": self.stage,
                    "step": self.step, "best": self.best, "losses": self.losses,
-                   "metrics": self.metrics.tell(),
+                   "world": self.world, "metrics": self.metrics.tell(),
                    "seconds": time.perf_counter() - self.began}, self.out / "last.pt")
         if self.best == math.inf:
             self.model.save(self.out / "model.pt")
 
     def log(self, **line) -> None:
         line["seconds"] = round(time.perf_counter() - self.began, 1)
+        if self.settings.skip_bad:
+            line["skipped"] = sum(stage.examples.skipped + stage.held_out.skipped
+                                  for stage in self.stages)
         self.metrics.write(json.dumps(line) + "\n")
         self.metrics.flush()
 
@@ -392,27 +488,33 @@ class Run:
                 self.train_stage(self.stages[self.stage])
             self.save()
         if self.asked_to_stop:
-            print(f"stopped after step {self.step} of {self.stages[self.stage].name}; "
-                  f"{self.out / 'model.pt'} can be asked, and this goes on:\n"
-                  f"  python train.py --out {self.out} --resume", flush=True)
+            print(f"stopped; {self.out / 'model.pt'} can be asked, and this goes on:\n"
+                  f"  python train.py --out {shlex.quote(str(self.out))} --resume", flush=True)
             raise SystemExit(128 + self.asked_to_stop)
 
     def train_stage(self, stage: Stage) -> None:
         """Steps of a stage up to its end, or to a signal."""
         s, clock = self.settings, time.perf_counter
         batches = iter(loader(stage.examples, s.batch_size, [s.seed, self.stage], stage.steps,
-                              self.step, s.share, s.workers))
+                              self.step, s.share, range(self.rank * s.grad_accum,
+                                                        (self.rank + 1) * s.grad_accum),
+                              self.world * s.grad_accum, workers=s.workers))
         bar = tqdm(total=stage.steps, initial=self.step, desc=stage.name, unit="step",
-                   dynamic_ncols=True, mininterval=0.2 if sys.stderr.isatty() else 30)
+                   dynamic_ncols=True, mininterval=0.2 if sys.stderr.isatty() else 30,
+                   disable=self.rank > 0)
         examples, seconds, saved = 0, 0.0, clock()
         while self.step < stage.steps and not self.asked_to_stop:
             start = clock()
-            batch = next(batches)
+            try:
+                parts = [good(next(batches)) for _ in range(s.grad_accum)]
+            except ValueError:
+                self.save()
+                raise
             self.waited += clock() - start
-            self.losses.append(self.update(stage, batch))
+            self.losses.append(self.update(stage, parts))
             seconds += clock() - start
             self.trained += clock() - start
-            examples += len(batch.tokens)
+            examples += s.batch_size
             self.step += 1
             bar.update()
             bar.set_postfix_str(f"loss {np.mean(self.losses[-50:]):.3f}, "
@@ -429,20 +531,42 @@ class Run:
             self.stage, self.step = self.stage + 1, 0
             self.make_optimizers()
 
-    def update(self, stage: Stage, batch: Batch) -> float:
-        """One step of the optimizers on one batch; returns its loss."""
+    def gradient(self, parts: list[Batch], mask: str) -> float:
+        """Accumulate the gradient of a batch, all processes' parts of it, and return its loss.
+
+        Parts are weighted by their targets: a mean of means would favour short answers.
+        """
+        sizes = [int((part.targets != -100).sum()) for part in parts]
+        targets, stop = total(sum(sizes), self.asked_to_stop, device=self.device)
+        self.asked_to_stop = self.asked_to_stop or (signal.SIGTERM if stop else 0)  # all or none
+        loss = 0.0
+        for part, size in zip(parts, sizes):
+            last = part is parts[-1]
+            with nullcontext() if last or self.world == 1 else self.parallel.no_sync():
+                mean = self.parallel(part, mask)
+                (mean * (size / targets * self.world)).backward()  # DDP takes the mean of processes
+            loss += mean.item() * size / targets
+        return total(loss, device=self.device)[0]
+
+    def update(self, stage: Stage, parts: list[Batch]) -> float:
+        """One step of the optimizers; returns the loss, or raises FloatingPointError."""
         s = self.settings
-        torch.manual_seed(s.seed * 10 ** 9 + self.stage * 10 ** 8 + self.step)  # dropout, on resume
-        loss = loss_on(self.model, batch, stage.mask, self.device)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        seed = s.seed * 10 ** 9 + self.stage * 10 ** 8 + self.step
+        torch.manual_seed(seed + self.rank)  # dropout, on resume
+        loss = self.gradient(parts, stage.mask)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0).item()
         share = schedule(self.step, stage.steps, s.warmup)
+        if not math.isfinite(loss + norm):
+            raise FloatingPointError(
+                f"{stage.name} step {self.step}: loss {loss}, gradient norm {norm}, at learning "
+                f"rate {stage.lr * share:.2g}; {self.out / 'last.pt'} is of before; the batch: "
+                + " ".join(id for part in parts for id in part.ids))
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = optimizer.defaults["lr"] * share
             optimizer.step()
             optimizer.zero_grad()
-        return loss.item()
+        return loss
 
     def evaluate(self, stage: Stage, train_loss: float, speed: float) -> None:
         """Score held-out examples, always the same; in stage 2 the lowest loss makes model.pt."""
@@ -451,14 +575,13 @@ class Run:
         indices = np.random.default_rng(0).permutation(len(examples)).tolist()
         indices = indices[:s.eval_sample if instruct else 50]  # captions are long, and only watched
         self.model.eval()
-        loss = held_out_loss(self.model, examples, indices, stage.mask)
+        loss = held_out_loss(self.objective, examples, indices, stage.mask)
         given = answer_all(self.model, examples, indices, stage.mask)
-        scores = {"accuracy": accuracy(examples, indices, given)}
+        scores = {"accuracy": score(examples, indices, given)[0]}
         note = f"exact match {scores['accuracy']['all']:.1%}"
         if instruct:
-            blind = answer_all(self.model, examples, indices, stage.mask, blind=True)
-            scores["blind"] = accuracy(examples, indices, blind)
-            note += f" (blind {scores['blind']['all']:.1%})"
+            scores["blind"] = blind_score(self.model, examples, indices)
+            note += f" (blind {percent(scores['blind'].get('all'))})"
         self.model.train()
         self.log(stage=stage.name, step=self.step, train_loss=train_loss, val_loss=loss, **scores,
                  samples_per_second=round(speed, 1))
@@ -469,101 +592,167 @@ class Run:
                    f"   right: {example.answer}   model: {given[n]}")
         if instruct and loss < self.best:
             self.best = loss
-            self.model.save(self.out / "model.pt")
+            if self.rank == 0:
+                self.model.save(self.out / "model.pt")
         self.evaluated += time.perf_counter() - start
 
 
 def test(run: Run, examples: Examples, split: str) -> None:
     """Ask model.pt everything in a split: table, samples.png, a line of metrics."""
     start = time.perf_counter()
+    if run.world > 1:
+        dist.barrier()  # until model.pt is written
     model = NanoAKI.load(run.out / "model.pt").to(run.device)
     indices = list(range(len(examples)))
     given = answer_all(model, examples, indices)
-    right = accuracy(examples, indices, given)
-    blind = accuracy(examples, indices, answer_all(model, examples, indices, blind=True))
-    counts = {task: sum(task in ("all", examples[i].task) for i in indices) for task in right}
-    shown = np.random.default_rng(0).permutation(len(indices))[:12].tolist()
-    draw_samples(examples, shown, [given[i] for i in shown]).save(run.out / "samples.png")
+    right, counts = score(examples, indices, given)
+    blind = blind_score(model, examples, indices)
     run.log(stage=split, step=run.settings.steps, accuracy=right, blind=blind, questions=counts)
+    shown = np.random.default_rng(0).permutation(len(indices))[:12].tolist()
+    if run.rank == 0:
+        draw_samples(examples, shown, [given[i] for i in shown]).save(run.out / "samples.png")
     run.evaluated += time.perf_counter() - start
     print(f"\n{split} split, exact match of generated answers:\n"
           f"{results_table(right, blind, counts)}\n"
           f"some of them, with pictures: {run.out / 'samples.png'}")
 
 
-def prepare(settings: Settings, config: Config, state: dict | None):
-    """(model, stages, test examples), the data made if need be; raises ValueError on bad data."""
-    folder = Path(settings.data)
+def read_data(settings: Settings) -> tuple[Path, dict[str, Records]]:
+    """The folder and its records by split, the built-in data made if need be."""
+    folder, (rank, world) = Path(settings.data), rank_and_world()
     if settings.data == "shapes":
         folder = Path(shapes.__file__).parent / "shapes-seed0"
-        if not folder.exists():
+        if not folder.exists() and rank == 0:
             shapes.make(folder, 0)
-    records = {name: Records.read(folder, f"{name}.json")
-               for name in ("train", "captions", "val", "test")}
-    if state:
-        tokenizer = Tokenizer(state["merges"])
+        if world > 1:
+            dist.barrier()
+    names = [n for n in ("train", "captions", "val", "test")
+             if n == "train" or (folder / f"{n}.json").exists()]
+    records = {n: Records.read(folder, f"{n}.json", settings.skip_bad) for n in names}
+    if "val" not in records:
+        records["train"], records["val"] = records["train"].split(0.05, settings.seed)
+        print(f"no val.json: {len(records['val']):,} records are held out, by picture")
+    return folder, records
+
+
+def prepare(settings: Settings, config: Config, start: dict | None):
+    """(model, stages, test examples, their split); start is the checkpoint to take the model from.
+
+    Raises ValueError on bad data.
+    """
+    s, skip = settings, settings.skip_bad
+    folder, records = read_data(s)
+    if start:
+        tokenizer = Tokenizer(start["merges"])
     else:
-        texts = [text for name in ("train", "captions") for text in records[name].texts(5_000_000)]
+        texts = [text for name in ("train", "captions") if name in records
+                 for text in records[name].texts(5_000_000)]
         tokenizer = Tokenizer.train(texts, config.vocab_size)
         config = replace(config, vocab_size=len(tokenizer))
-    torch.manual_seed(settings.seed)
+    torch.manual_seed(s.seed)
     model = NanoAKI(config, tokenizer)
-    captions, held_captions = (Examples(part, tokenizer, config, captions=True)
-                               for part in records["captions"].split(0.02, settings.seed))
-    train, val, test = (Examples(records[n], tokenizer, config) for n in ("train", "val", "test"))
-    print(f"data: {folder}, {len(captions):,} captions, {len(train):,} questions to train on, "
-          f"{len(val):,} to validate, {len(test):,} to test\n"
-          f"model: {settings.preset}, {sum(p.numel() for p in model.parameters()):,} parameters, "
+    if start:
+        model.load_state_dict(start["model"])
+    split = "test" if "test" in records else "val"
+    train, val, test = (Examples(records[n], tokenizer, config, skip_bad=skip)
+                        for n in ("train", "val", split))
+    stages = [Stage("instruct", train, val, config.mask, s.steps, s.lr)]
+    if s.init:
+        print(f"stage 1 is skipped: the weights are those of {s.init}")
+    elif "captions" not in records or not s.align_steps:
+        print("stage 1 is skipped: no captions.json" if s.align_steps else "stage 1 is skipped")
+    else:
+        captions = [Examples(part, tokenizer, config, captions=True, skip_bad=skip)
+                    for part in records["captions"].split(0.02, s.seed)]
+        stages.insert(0, Stage("align", *captions, "causal", s.align_steps, s.align_lr))
+    print(f"data: {folder}: " + ", ".join(f"{len(stage.examples):,} to {stage.name}"
+                                          for stage in stages)
+          + f", {len(val):,} to validate, " + (f"{len(test):,} to test" if split == "test" else
+                                               "no test.json: the report is on val") + "\n"
+          f"model: {s.preset}, {sum(p.numel() for p in model.parameters()):,} parameters, "
           f"{config.visual_tokens} visual tokens a picture, {len(tokenizer)} tokens in the "
           f"vocabulary, mask {config.mask}")
-    s = settings
-    return model, [Stage("align", captions, held_captions, "causal", s.align_steps, s.align_lr),
-                   Stage("instruct", train, val, config.mask, s.steps, s.lr)], test
+    return model, stages, test, split
+
+
+def settle(given: dict, resume: bool) -> tuple[Settings, Config, dict | None]:
+    """Settings and config of the flags given, and the checkpoint to start from, if any."""
+    settings = Settings(**pick(Settings, given))
+    out = Path(settings.out or Path("out") / Path(settings.data).name)
+    if resume:
+        start = load_file(out / "last.pt")
+        if "optimizers" not in start or set(start["settings"]) != {f.name for f in fields(Settings)}:
+            raise ValueError(f"{out / 'last.pt'}: not a run of this version that can be resumed")
+        saved = start["settings"] | start["config"]
+        for name, value in given.items():
+            free = ("out", "device", "workers", "save_every", "vocab_size")  # change no number
+            if value != saved[name] and name not in free:
+                raise ValueError(f"--resume: {flag(name)} was {saved[name]!r} when the run began, "
+                                 f"not {value!r}; leave it out, or choose another --out")
+        settings = Settings(**start["settings"] | pick(Settings, given))
+        config = Config(**start["config"])
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} already holds something: go on with --resume if it is a run, or "
+                         f"choose another --out")
+    elif settings.init:
+        start, own = load_file(settings.init), ("mask", "dropout")
+        for name in given:
+            if name in ("align_steps", "align_lr", "preset") or (
+                    name in start["config"] and name not in own):
+                raise ValueError(f"--init brings its own config and skips stage 1: leave out "
+                                 f"{flag(name)}")
+        config = Config(**start["config"] | {n: given[n] for n in own if n in given})
+    else:
+        start, config = None, replace(PRESETS[settings.preset], **pick(Config, given))
+    settings.out = str(out)
+    world = rank_and_world()[1]
+    if settings.batch_size < world * settings.grad_accum:
+        raise ValueError(f"batch_size {settings.batch_size} is less than {world} processes times "
+                         f"grad_accum {settings.grad_accum}")
+    return settings, config, start
 
 
 def main(argv: list[str] | None = None) -> None:
     start = time.perf_counter()
     given, resume = parse(argv)
     keep_freed_memory()
+    if "WORLD_SIZE" in os.environ and not dist.is_initialized():  # set by torchrun
+        gpu = torch.cuda.is_available() and given.get("device", "auto") in ("auto", "cuda")
+        dist.init_process_group("nccl" if gpu else "gloo")
+    rank, world = rank_and_world()
     try:
-        settings = Settings(**pick(Settings, given))
-        out = Path(settings.out or Path("out") / Path(settings.data).name)
-        state = load_file(out / "last.pt") if resume else None
-        if resume:
-            saved = state["settings"] | state["config"]
-            for name, value in given.items():
-                if value != saved[name] and name not in ("out", "device", "workers", "save_every"):
-                    raise ValueError(f"--resume: {flag(name)} was {saved[name]!r} when the run "
-                                     f"began, not {value!r}; leave it out, or choose another --out")
-            settings = Settings(**state["settings"] | pick(Settings, given))
-        elif out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise ValueError(f"{out} already holds something: go on with --resume if it is a run, "
-                             f"or choose another --out")
-        settings.out = str(out)
-        config = (Config(**state["config"]) if resume else
-                  replace(PRESETS[settings.preset], **pick(Config, given)))
-        device, reason = choose_device(settings.device)
-        print(reason)
-        model, stages, test_examples = prepare(settings, config, state)
-        out.mkdir(parents=True, exist_ok=True)
-        run = Run(settings, model, stages, device, state)
-    except (ValueError, OSError) as e:
+        with redirect_stdout(open(os.devnull, "w")) if rank else nullcontext():
+            settings, config, state = settle(given, resume)
+            device, reason = choose_device(settings.device)
+            print(reason + (f", {world} processes" if world > 1 else ""))
+            model, stages, examples, split = prepare(settings, config, state)
+            out = Path(settings.out)
+            out.mkdir(parents=True, exist_ok=True)
+            run = Run(settings, model, stages, device, state if resume else None)
+            if rank == 0:
+                about = {"settings": asdict(settings), "config": asdict(model.config)}
+                (out / "config.json").write_text(json.dumps(about, indent=1))
+            run.train()
+            test(run, examples, split)
+            spent, example = time.perf_counter() - start, examples[0]
+            command = ["python", "sample.py", "--model", str(out / "model.pt"),
+                       *(["--image", *map(str, example.pictures)] if example.pictures else []),
+                       "--ask", example.question]
+            print(f"{spent:.0f} s in all: {run.trained:.0f} s of training, "
+                  f"{run.waited / max(run.trained, 1e-9):.1%} of it waiting for data; "
+                  f"{run.evaluated:.0f} s of evaluation, {run.evaluated / spent:.1%} of all\n"
+                  f"ask it yourself:\n  {shlex.join(command)}")
+    except (ValueError, OSError, FloatingPointError) as e:
         fail(e)
-    about = {"settings": asdict(settings), "config": asdict(model.config)}
-    (out / "config.json").write_text(json.dumps(about, indent=1))
-    run.train()
-    test(run, test_examples, "test")
-    total, example = time.perf_counter() - start, test_examples[0]
-    print(f"{total:.0f} s in all: {run.trained:.0f} s of training, "
-          f"{run.waited / max(run.trained, 1e-9):.1%} of it waiting for data; "
-          f"{run.evaluated:.0f} s of evaluation, {run.evaluated / total:.1%} of all\n"
-          f"ask it yourself:\n  python sample.py --model {out / 'model.pt'} "
-          f"--image {example.pictures[0]} --ask \"{example.question}\"")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # a console may not know every character
     try:
         main()
     except KeyboardInterrupt:
-        print("stopped before the first step", file=sys.stderr)
+        print("stopped; what was saved is whole", file=sys.stderr)
         raise SystemExit(130)

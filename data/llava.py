@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
-from nanoaki import Config, Tokenizer, build_sequence, fit_picture, pad_batch
+from nanoaki import ANSWER, Config, Tokenizer, build_sequence, fit_picture, pad_batch
 
 
 def pictures_of(record: dict) -> list[str]:
@@ -123,7 +123,7 @@ class Records:
                 if turn["from"] == "gpt":
                     replies.extend((len(ends), j, shown, before, size, group))
                 before += size + 2
-            packed += json.dumps(record, ensure_ascii=False).encode()
+            packed += json.dumps(record).encode()
             ends.append(len(packed))
             numbers.append(number)
         if not ends:
@@ -140,7 +140,7 @@ class Records:
         """Records of folder/name, all checked; raises ValueError on bad ones, or skips them."""
         path, seen, bad = Path(folder) / name, set(), []
         try:
-            text = path.read_text("utf-8")
+            text = path.read_text("utf-8-sig")  # Windows editors put a mark in front
         except OSError as e:
             raise ValueError(f"{path}: {e.strerror}") from None
         except UnicodeDecodeError as e:
@@ -193,8 +193,8 @@ class Records:
                 held.add(names[n])
                 wanted -= counts[names[n]]
         if len(held) == len(names):
-            raise ValueError(f"{self.path}: its pictures are all linked, none can be held out; "
-                             f"write a val.json")
+            raise ValueError(f"{self.path}: no record can be held out without a picture on both "
+                             f"sides; add records about other pictures")
         sides = [[(int(self.numbers[i]), self[i]) for i, key in enumerate(keys)
                   if (first(key) in held) == side] for side in (False, True)]
         return Records(self.path, sides[0], self.skipped), Records(self.path, sides[1])
@@ -274,8 +274,9 @@ class Examples(Dataset):
         if not self.captions and any("<image>" in text for who, text in turns if who == "human"):
             shown = sum(text.count("<image>") for who, text in given if who == "human")
             pictures = pictures[:shown]
-        prompt = build_sequence(self.tokenizer, self.config, given, len(pictures))
         whole = build_sequence(self.tokenizer, self.config, given, len(pictures), answer)
+        start = whole[1].index(ANSWER)
+        prompt = whole[0][:start], whole[1][:start]
         question = given[-1][1].replace("<image>", "").strip()
         return Example(str(r.get("id", int(self.records.numbers[record]))), str(r.get("task", "")),
                        question, answer, prompt, whole, pictures)
@@ -309,17 +310,19 @@ class Batches(Sampler):
 
     Every example comes once an epoch, but for the last few that fill no batch. Up to `share`
     examples about the same pictures stand together. A window of batches is sorted by length, those
-    within a fifth of each other counting as equal: little padding, and batches still mixed.
+    within a fifth of each other counting as equal: little padding, and batches still mixed. A batch
+    comes whole, or as some pieces of the number that it is cut into.
     """
 
     def __init__(self, examples: "Examples", batch_size: int, seed: list[int], steps: int,
-                 start: int = 0, share: int = 1, window: int = 32):
+                 start: int = 0, share: int = 1, pieces: range = range(1), of: int = 1,
+                 window: int = 32):
         self.lengths, self.groups = examples.lengths.numpy(), examples.groups.numpy()
         self.batch_size, self.seed, self.steps, self.start = batch_size, seed, steps, start
-        self.share, self.window = share, window * batch_size
+        self.share, self.window, self.pieces, self.of = share, window * batch_size, pieces, of
 
     def __len__(self) -> int:
-        return self.steps - self.start
+        return (self.steps - self.start) * len(self.pieces)
 
     def epoch(self, number: int) -> np.ndarray:
         """All batches of an epoch, (batches, batch_size)."""
@@ -352,13 +355,14 @@ class Batches(Sampler):
             if step // per_epoch != number:
                 number = step // per_epoch
                 batches = self.epoch(number)
-            yield batches[step % per_epoch].tolist()
+            cut = np.array_split(batches[step % per_epoch], self.of)
+            for piece in self.pieces:
+                yield cut[piece].tolist()
 
 
-def loader(examples: Examples, batch_size: int, seed: list[int], steps: int, start: int = 0,
-           share: int = 1, workers: int = 1) -> DataLoader:
-    """The batches of steps start to steps, read and decoded by worker processes."""
-    batches = Batches(examples, batch_size, seed, steps, start, share)
+def loader(examples: Examples, *how, workers: int = 1, **more) -> DataLoader:
+    """The batches of Batches(examples, *how, **more), read and decoded by worker processes."""
+    batches = Batches(examples, *how, **more)
     return DataLoader(examples, batch_sampler=batches, num_workers=workers, collate_fn=_whole,
                       pin_memory=torch.cuda.is_available(), worker_init_fn=_quiet,
                       prefetch_factor=4 if workers else None)
@@ -369,5 +373,5 @@ def _whole(batch: Batch) -> Batch:
 
 
 def _quiet(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the main process decides
-    torch.set_num_threads(1)
+    for number in (signal.SIGINT, signal.SIGTERM):  # they reach the whole group of processes
+        signal.signal(number, signal.SIG_IGN)       # but the main one decides, and ends these

@@ -22,6 +22,7 @@ def tiny_config(**changes) -> Config:
 
 def tiny_model(dtype=torch.float64, tokenizer=None, **changes) -> NanoAKI:
     """Weights so large that a leak is seen, and that greedy decoding does not just repeat."""
+    torch.manual_seed(0)
     model = NanoAKI(tiny_config(**changes), tokenizer).to(dtype).eval()
     g = torch.Generator().manual_seed(0)
     with torch.no_grad():

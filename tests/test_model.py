@@ -110,7 +110,10 @@ def test_head_is_tied_to_the_token_embedding(model):
     roles = text((PROMPT, 6))
     _, tokens = fill(roles)
     expected = model.hidden(None, tokens, roles) @ weights[0].T
-    assert torch.allclose(model(None, tokens, roles)[0], expected)
+    logits = model(None, tokens, roles)[0]
+    assert torch.allclose(logits, expected)
+    unread = torch.autograd.grad(logits.square().sum(), weights)[0][260:]  # ids no token has
+    assert unread.any(1).all()  # the head alone trains them
 
 
 def test_each_image_goes_to_its_own_tokens_in_their_order(model):
@@ -207,6 +210,24 @@ def test_a_wrong_number_of_images_is_refused_with_both_numbers(model, count):
         model(wrong, tokens, roles)
 
 
+def test_images_that_are_not_uint8_are_refused(model):
+    roles = text((IMAGE, 4), (PROMPT, 2))
+    images, tokens = fill(roles)
+    with pytest.raises(ValueError, match="uint8.*float32"):
+        model(images / 255, tokens, roles)
+
+
+def test_visual_tokens_from_see_stand_in_for_images_and_can_be_shared(model):
+    images, tokens, roles = prompts()
+    seen = model.see(images)
+    assert seen.shape == (len(images), VISUAL, 32)
+    assert torch.equal(model(seen, tokens, roles)[0], model(images, tokens, roles)[0])
+    assert model.generate(seen, tokens, roles, 4) == model.generate(images, tokens, roles, 4)
+    assert not torch.allclose(model(seen.flip(0), tokens, roles)[0], model(seen, tokens, roles)[0])
+    one = torch.zeros(len(images), dtype=torch.long)  # one look, shared by every question
+    assert torch.allclose(model(seen[one], tokens, roles)[0], model(images[one], tokens, roles)[0])
+
+
 def test_a_sequence_longer_than_block_size_is_refused_with_both_numbers(model):
     roles = torch.cat([text((PROMPT, 64), (PAD, 9)), text((PAD, 70), (PROMPT, 3))])
     _, tokens = fill(roles)
@@ -222,8 +243,9 @@ def test_mask_none_is_the_configs_and_an_unknown_mask_is_refused():
     logits = {mask: model(images, tokens, roles, mask=mask)[0] for mask in (None, "prefix", "mma")}
     assert torch.equal(logits[None], logits["prefix"])
     assert not torch.allclose(logits[None], logits["mma"])
-    with pytest.raises(ValueError, match="mna"):
-        model(images, tokens, roles, mask="mna")
+    for call in (model, lambda *args, mask: model.generate(*args, 1, mask=mask)):
+        with pytest.raises(ValueError, match="mna"):
+            call(images, tokens, roles, mask="mna")
 
 
 PROMPTS = [text((PROMPT, 3)), text((IMAGE, 4), (PROMPT, 7)),
@@ -261,9 +283,12 @@ def greedy_without_cache(model, images, tokens, roles, n):
     return new
 
 
-def test_generate_equals_greedy_decoding_without_cache(model):
-    for single in alone(*prompts()):
-        assert model.generate(*single, 8) == [greedy_without_cache(model, *single, 8)]
+@pytest.mark.parametrize("mask", ["causal", "mma", "prefix", "image"])
+def test_generate_equals_greedy_decoding_without_cache_under_the_configs_mask(model, mask):
+    masked = tiny_model(mask=mask)
+    rows = [masked.generate(*single, 8)[0] for single in alone(*prompts())]
+    assert rows == [greedy_without_cache(masked, *single, 8) for single in alone(*prompts())]
+    assert (rows == model.generate(*prompts(), 8)) == (mask == "mma")
 
 
 def schedule_eos(model, monkeypatch, steps):

@@ -275,6 +275,24 @@ def test_too_long_a_sequence_is_refused_with_the_numbers():
         build_sequence(BYTES, config, chat("x" * 15), 1)
 
 
+def test_a_long_history_loses_the_text_of_its_oldest_turns_but_no_picture():
+    system, turns = ("system", "s"), chat("<image>aaaaa", "bbbbbb", "<image>cc", "ddd", "eeee?")
+    parts = [raw("s\n"), V + raw("aaaaa") + A, raw("bbbbbb") + E, V + raw("cc") + A, raw("ddd") + E,
+             raw("eeee?") + A]
+    shorter = [raw("s\n"), V, [], V, [], parts[-1]]  # the last turn and the system text stay whole
+    cuts = [sum(parts[:1] + shorter[1:n] + parts[n:], []) for n in range(1, 6)]
+    lengths = [len(cut) + 2 for cut in cuts]  # and "f", <eos>
+    for block in range(lengths[-1], lengths[0] + 2):
+        fitting = next(cut for cut, n in zip(cuts, lengths) if n <= block)  # no more than needed
+        config = tiny_config(block_size=block)
+        tokens, roles = build_sequence(BYTES, config, [system, *turns], 2, "f")
+        assert tokens == fitting + raw("f") + E and len(tokens) <= block
+        assert roles == [IMAGE if t == 256 else PROMPT for t in fitting] + [ANSWER] * 2
+    config = tiny_config(block_size=lengths[-1] - 1)
+    with pytest.raises(ValueError, match=rf"\b{len(cuts[-1])}\b.*\b2\b.*\b{lengths[-1] - 1}\b"):
+        build_sequence(BYTES, config, [system, *turns], 2, "f")
+
+
 def test_pad_batch_pads_with_pad_and_targets_answers_only():
     sequences = [build_sequence(BYTES, CONFIG, chat(q), n, a)
                  for q, n, a in [("hm?", 1, "no"), ("a longer one?", 0, "yes"), ("", 2, None)]]

@@ -11,7 +11,7 @@ import train
 from data.llava import Examples, Records
 from helpers import TINY, make_tiny, metrics
 from nanoaki import NanoAKI
-from train import Muon, answer_all, accuracy, derangement, make_optimizers, schedule
+from train import Muon, Objective, answer_all, derangement, make_optimizers, schedule, score
 
 STEPS = ["--align-steps", "150", "--steps", "300", "--eval-every", "100", "--lr", "0.01"]
 
@@ -63,7 +63,7 @@ def test_model_pt_is_the_one_with_the_lowest_held_out_loss(trained, tiny):
     best = min(m["val_loss"] for m in metrics(trained) if m["stage"] == "instruct")
     model = NanoAKI.load(trained / "model.pt")
     val = Examples(Records.read(tiny, "val.json"), model.tokenizer, model.config)
-    assert train.held_out_loss(model, val, list(range(len(val))), "mma") == pytest.approx(best, rel=1e-4)
+    assert train.held_out_loss(Objective(model, torch.device("cpu"), "auto"), val, list(range(len(val))), "mma") == pytest.approx(best, rel=1e-4)
 
 
 def test_the_same_seed_gives_the_same_run_bit_for_bit_and_another_does_not(tiny, tmp_path):
@@ -75,18 +75,18 @@ def test_the_same_seed_gives_the_same_run_bit_for_bit_and_another_does_not(tiny,
     assert metrics(tmp_path / "a") == metrics(tmp_path / "b") != metrics(tmp_path / "c")
 
 
-@pytest.mark.parametrize("stop_at", [5, 8, 17])  # in stage 1, at its end, in stage 2
+@pytest.mark.parametrize("stop_at", [5, 8, 17, 24])  # in stage 1, at its end, in stage 2, at its end
 def test_ctrl_c_saves_exits_130_and_resume_ends_as_if_nothing_happened(tiny, tmp_path, capsys, monkeypatch, stop_at):
     short = ["--align-steps", "8", "--steps", "16", "--eval-every", "6", "--dropout", "0.1"]
     command = ["--data", str(tiny), *TINY, *short, "--out"]
     train.main([*command, str(tmp_path / "whole")])
     real, count = train.Run.update, [0]
 
-    def interrupted(self, stage, batch):
+    def interrupted(self, stage, parts):
         count[0] += 1
         if count[0] == stop_at:
             os.kill(os.getpid(), signal.SIGINT)
-        return real(self, stage, batch)
+        return real(self, stage, parts)
 
     monkeypatch.setattr(train.Run, "update", interrupted)
     with pytest.raises(SystemExit) as stopped:
@@ -225,5 +225,5 @@ def test_stopping_after_the_longest_right_answer_changes_no_score(tiny, trained)
     pictures = [sample.open_picture(str(examples[i].pictures[0])) for i in some]
     full = [a.strip() for a in model.ask(pictures, [examples[i].question for i in some])]
     cut = answer_all(model, examples, some)
-    assert cut != full and 0 < accuracy(examples, some, full)["all"] < 0.9
-    assert accuracy(examples, some, cut) == accuracy(examples, some, full)
+    assert cut != full and 0 < score(examples, some, full)[0]["all"] < 0.9
+    assert score(examples, some, cut) == score(examples, some, full)
