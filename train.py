@@ -681,7 +681,8 @@ def settle(given: dict, resume: bool) -> tuple[Settings, Config, dict | None]:
     out = Path(settings.out or Path("out") / Path(settings.data).name)
     if resume:
         start = load_file(out / "last.pt")
-        if "optimizers" not in start or set(start["settings"]) != {f.name for f in fields(Settings)}:
+        known = {f.name for f in fields(Settings)}
+        if "optimizers" not in start or set(start["settings"]) != known:
             raise ValueError(f"{out / 'last.pt'}: not a run of this version that can be resumed")
         saved = start["settings"] | start["config"]
         for name, value in given.items():

@@ -1,0 +1,93 @@
+"""Several processes: the same gradient, the same run, and an end together."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from helpers import TINY, make_tiny, metrics
+
+ROOT = Path(__file__).parent.parent
+WORKER = '''
+import sys, json, torch
+sys.path[:0] = [{root!r}, {root!r} + "/tests"]
+import torch.distributed as dist
+if "WORLD_SIZE" in __import__("os").environ: dist.init_process_group("gloo")
+import train
+from data.llava import Examples, Records, loader
+from nanoaki import Config, NanoAKI, Tokenizer
+from train import Run, Settings, Stage, rank_and_world
+folder, out, accum, wrong = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4] == "wrong"
+torch.manual_seed(0)
+config = Config(image_size=16, patch_size=8, vit_embd=32, n_embd=32, n_head=2, vit_head=2, block_size=96)
+model = NanoAKI(config, Tokenizer([]))
+examples = Examples(Records.read(folder, "train.json"), model.tokenizer, config)
+rank, world = rank_and_world()
+import pathlib; pathlib.Path(out).mkdir(exist_ok=True)
+run = Run(Settings(out=out, batch_size=12, grad_accum=accum), model,
+          [Stage("instruct", examples, examples, "mma", 1, 0.01)], torch.device("cpu"))
+if wrong:  # every part the same weight, whatever it has to learn
+    train.total = lambda *n, device: [accum * world * n[0] if len(n) > 1 else n[0], *n[1:]]
+parts = list(loader(examples, 12, [0], 1, 0, 1, range(rank * accum, (rank + 1) * accum), world * accum, workers=0))
+run.gradient(parts, "mma")
+if rank == 0:
+    torch.save(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]), out + "/g.pt")
+'''
+
+
+def launch(processes, *argv, **kwargs):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}",
+                f"--master_port={29500 + os.getpid() % 1000}"]
+    command = (torchrun if processes > 1 else [sys.executable]) + [str(a) for a in argv]
+    return subprocess.run(command, capture_output=True, text=True, timeout=110,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"}, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory):
+    """Twelve records, answers of 1 to 60 bytes, the second half without pictures."""
+    folder = tmp_path_factory.mktemp("mixed")
+    Image.new("RGB", (16, 16), "red").save(folder / "a.png")
+    records = [{"id": i, **({"image": "a.png"} if i < 6 else {}), "conversations": [
+        {"from": "human", "value": "say"}, {"from": "gpt", "value": "a" * (1 + 5 * i)}]} for i in range(12)]
+    (folder / "train.json").write_text(json.dumps(records))
+    (folder / "worker.py").write_text(WORKER.format(root=str(ROOT)))
+    return folder
+
+
+def test_the_gradient_is_one_whether_whole_split_or_on_two_processes_and_not_with_a_mean_each(mixed):
+    def gradient(processes, accum, wrong=False):
+        out = mixed / f"{processes}{accum}{wrong}"
+        done = launch(processes, mixed / "worker.py", mixed, out, accum, "wrong" if wrong else "right")
+        assert done.returncode == 0, done.stderr[-3000:]
+        return torch.load(out / "g.pt")
+
+    whole = gradient(1, 1)
+    for processes, accum in ((1, 3), (2, 1), (2, 2)):
+        assert (gradient(processes, accum) - whole).norm() < 1e-5 * whole.norm(), (processes, accum)
+    assert (gradient(2, 1, wrong=True) - whole).norm() > 0.01 * whole.norm()
+
+
+def test_two_processes_have_the_losses_and_scores_of_one_and_one_can_go_on_for_them(tmp_path):
+    data = make_tiny(tmp_path / "data", n=60)
+    short = ["--data", data, *TINY, "--align-steps", "10", "--steps", "40", "--eval-every", "20"]
+    for processes, out in ((1, "one"), (2, "two")):
+        done = launch(processes, ROOT / "train.py", *short, "--out", tmp_path / out)
+        assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("test split") == 1
+    for one, two in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two")):
+        assert one.keys() == two.keys() and one["stage"] == two["stage"]
+        if "train_loss" in one:
+            assert two["train_loss"] == pytest.approx(one["train_loss"], rel=0.01)
+            assert two["val_loss"] == pytest.approx(one["val_loss"], rel=0.01)
+    done = launch(1, ROOT / "train.py", "--resume", "--out", tmp_path / "two")
+    assert done.returncode == 0 and "no longer bit-identical" in done.stdout
+
+
+def test_a_bad_flag_ends_all_processes_with_its_reason(tmp_path):
+    done = launch(2, ROOT / "train.py", "--data", tmp_path, "--out", tmp_path / "out", "--device", "cpu")
+    assert done.returncode != 0 and "train.json: No such file" in done.stderr
