@@ -226,8 +226,6 @@ class ViT(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """uint8 (N, 3, H, W) -> (N, patches, vit_embd), patches row by row."""
-        if images.dtype != torch.uint8:
-            raise ValueError(f"images must be uint8, 0 to 255, not {images.dtype}")
         x = images.to(self.position.dtype) / 127.5 - 1                  # -1 to 1
         x = self.patch(x).flatten(2).transpose(1, 2) + self.position    # (N, patches, vit_embd)
         for block in self.blocks:
@@ -303,15 +301,20 @@ class NanoAKI(nn.Module):
     def see(self, images: Tensor) -> Tensor:
         """Visual tokens (N, V, n_embd) of uint8 images (N, 3, H, W).
 
-        Every method takes them in place of images: several questions then share one look.
+        Every method takes them in place of images: several questions then share one look. Raises
+        ValueError on images of another type or size.
         """
+        wanted = (3, self.config.image_size, self.config.image_size)
+        if images.dtype != torch.uint8 or images.shape[1:] != wanted:
+            raise ValueError(f"images must be uint8 (N, {', '.join(map(str, wanted))}), not "
+                             f"{images.dtype} {tuple(images.shape)}")
         return self.projector(self.vit(images))
 
     def embed(self, images: Tensor | None, tokens: Tensor, roles: Tensor) -> Tensor:
         """Embeddings (B, T, n_embd) of tokens and positions, visual tokens where roles == IMAGE."""
         c, slots, real = self.config, roles == IMAGE, roles != PAD
         given = 0 if images is None else len(images)
-        if int(slots.sum()) != given * c.visual_tokens:
+        if int(slots.sum()) != given * c.visual_tokens or (slots.sum(1) % c.visual_tokens).any():
             raise ValueError(f"{int(slots.sum())} IMAGE positions, but {given} images of "
                              f"{c.visual_tokens} visual tokens")
         if (longest := int(real.sum(1).max())) > c.block_size:
@@ -343,8 +346,9 @@ class NanoAKI(nn.Module):
         images uint8 (images in the batch, 3, H, W) in the order of their tokens, or None; tokens,
         roles int64 (B, T); mask a name in MASKS, None for the one the model was trained with.
         targets int64 (B, T), aligned with tokens, not shifted: the logits at t - 1 predict
-        targets[:, t]; -100 is no loss. Raises ValueError if images and roles do not fit, if a
-        sequence is longer than block_size, and if a target stands outside ANSWER.
+        targets[:, t]; -100 is no loss. So, to learn, pad before the prompt or after the answer.
+        Raises ValueError if images and roles do not fit, if a sequence is longer than block_size,
+        if a target stands outside ANSWER, and if there is none.
         """
         x = self.hidden(images, tokens, roles, mask)
         return self.decoder.head(x), None if targets is None else self._loss(x, roles, targets)
@@ -360,6 +364,8 @@ class NanoAKI(nn.Module):
             raise ValueError("targets outside ANSWER must be -100: nothing given has a loss")
         x, targets = x[:, :-1], targets[:, 1:]                          # t - 1 predicts t
         learned = targets != -100
+        if not bool(learned.any()):
+            raise ValueError("there is no target to learn: all are -100")
         return F.cross_entropy(self.decoder.head(x[learned]).float(), targets[learned])
 
     # Generation: the given part once, then a token a step. Nothing given ever attends to an answer,
@@ -455,7 +461,7 @@ class NanoAKI(nn.Module):
             tokenizer = None if state["merges"] is None else Tokenizer(state["merges"])
             model = cls(Config(**state["config"]), tokenizer)
             model.load_state_dict(state["model"])
-        except (KeyError, IndexError, TypeError, RuntimeError, ValueError) as e:
+        except (KeyError, IndexError, TypeError, AttributeError, RuntimeError, ValueError) as e:
             reason = " ".join(str(e).split())[:200]
             raise ValueError(f"{path}: config, tokenizer and weights do not fit: {reason}") from e
         return model.eval()
@@ -468,6 +474,8 @@ def positions(roles: Tensor) -> Tensor:
 
 def choose(logits: Tensor, temperature: float, top_k: int | None) -> Tensor:
     """The likeliest id of each row of logits (B, vocab_size), or a draw: int64 (B,)."""
+    if temperature < 0 or top_k is not None and top_k < 1:
+        raise ValueError(f"temperature {temperature} must be at least 0, top_k {top_k} at least 1")
     if temperature == 0:
         return logits.argmax(-1)
     if top_k is not None:
@@ -619,9 +627,9 @@ def build_sequence(tokenizer: Tokenizer, config: Config, turns: list[tuple[str, 
             parts[0] += tokenizer.encode(text + "\n")
     generated = [] if answer is None else tokenizer.encode(answer) + [tokenizer.eos]
     room = config.block_size - max(len(generated), 1)
-    for i in range(1, len(parts) - 1):
+    for i in range(1, len(parts) - 1, 2):  # a question and its answer
         if sum(map(len, parts)) > room:
-            parts[i] = [token for token in parts[i] if token == tokenizer.image]
+            parts[i], parts[i + 1] = [t for t in parts[i] if t == tokenizer.image], []
     given = sum(parts, [])
     if len(given) > room:
         raise ValueError(f"{len(given)} tokens of pictures and text and {config.block_size - room} "
@@ -640,7 +648,10 @@ def pad_batch(sequences: list[tuple[list[int], list[int]]]) -> tuple[Tensor, Ten
 
 def fit_picture(image: Image.Image, size: int) -> Tensor:
     """A PIL image of any mode as uint8 (3, size, size): upright, on white, letterboxed on grey."""
-    image = ImageOps.exif_transpose(image)
+    try:
+        image = ImageOps.exif_transpose(image)
+    except Exception:  # broken metadata around good pixels
+        pass
     if image.mode.startswith("I"):  # 16 bits a pixel: Pillow's own conversion would clip them
         image = image.convert("I").point(lambda value: value / 257).convert("L")
     if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:

@@ -310,7 +310,7 @@ class Batches(Sampler):
 
     Every example comes once an epoch, but for the last few that fill no batch. Up to `share`
     examples about the same pictures stand together. A window of batches is sorted by length, those
-    within a fifth of each other counting as equal: little padding, and batches still mixed. A batch
+    within a third of each other counting as equal: little padding, and batches still mixed. A batch
     comes whole, or as some pieces of the number that it is cut into.
     """
 
@@ -333,7 +333,7 @@ class Batches(Sampler):
         for at in range(0, len(order), self.window):
             part, bounds = order[at:at + self.window], [0.0]
             for length in np.unique(self.lengths[part]):
-                if length > 1.2 * bounds[-1]:
+                if length > 1.35 * bounds[-1]:
                     bounds.append(length)
             classes = np.searchsorted(bounds, self.lengths[part], side="right")
             part[:] = part[np.argsort(classes, kind="stable")]

@@ -9,6 +9,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from nanoaki import ANSWER, IMAGE, PAD, PROMPT, Config, NanoAKI  # noqa: E402
 
+torch.set_num_threads(1)  # tensors are tiny: threads would only wait for each other
+
 VISUAL, LENGTH = 4, 28  # visual tokens of one image in tiny_config; random_layout's longest is 27
 WHERE = ("left", "right", "middle", "any")
 SAFE = ("causal", "mma", "prefix", "image")  # all masks but leaky

@@ -1,0 +1,203 @@
+"""Own data of every shape, and nothing lost: bad data, kills, full disks, numbers that are none."""
+import json
+import math
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import train
+from data.llava import Examples, Records
+from helpers import TINY, make_tiny, metrics
+from nanoaki import NanoAKI
+from test_train import refused, same, weights
+
+ROOT = Path(__file__).parent.parent
+SHORT = ["--align-steps", "8", "--steps", "16", "--eval-every", "6"]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return make_tiny(tmp_path_factory.mktemp("tiny") / "data", n=60)
+
+
+def start(*argv, **kwargs):
+    return subprocess.Popen([sys.executable, str(ROOT / "train.py"), *map(str, argv)], text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"}, **kwargs)
+
+
+def test_the_readmes_three_records_train_and_say_what_is_missing(tmp_path, capsys):
+    text = (ROOT / "data/README.md").read_text()
+    (tmp_path / "images").mkdir()
+    for i, color in ((1, "red"), (2, "blue")):
+        Image.new("RGB", (30, 20), color).save(tmp_path / f"images/{i}.png")
+    three = text.split("```json\n")[1].split("```")[0]
+    (tmp_path / "train.json").write_text(three)
+    (tmp_path / "val.json").write_text(three)
+    train.main(["--data", str(tmp_path), "--out", str(tmp_path / "out"), *TINY, "--block-size", "160", "--batch-size", "4",
+                "--steps", "150", "--eval-every", "75", "--lr", "0.01"])
+    said = capsys.readouterr().out
+    assert "no captions.json" in said and "no test.json: the report is on val" in said and "val split" in said
+    assert metrics(tmp_path / "out")[-1]["accuracy"]["all"] == 1.0  # learned by heart, all four replies
+    model, red = NanoAKI.load(tmp_path / "out/model.pt"), Image.open(tmp_path / "images/1.png")
+    assert model.ask(red, "what color is the circle?") == "red"
+    assert model.ask(None, "what is two and two?") == "four"
+
+
+def test_without_val_json_a_share_is_held_out_by_picture(tiny, tmp_path, capsys):
+    os.symlink(tiny / "images", tmp_path / "images")  # a link below the folder is followed
+    (tmp_path / "train.json").write_text((tiny / "train.json").read_text())
+    train.main(["--data", str(tmp_path), "--out", str(tmp_path / "out"), *TINY, *SHORT])
+    assert "no val.json: 6 records are held out, by picture" in capsys.readouterr().out
+
+
+def test_bad_records_are_counted_and_shown_or_skipped_and_counted(tiny, tmp_path, capsys):
+    os.symlink(tiny / "images", tmp_path / "images")
+    for name in ("val", "test"):
+        (tmp_path / f"{name}.json").write_text((tiny / f"{name}.json").read_text())
+    records = json.loads((tiny / "train.json").read_text())
+    for i in range(3, 15):
+        records[i]["conversations"][1]["value"] = " "
+    records[20]["conversations"][1]["value"] = "word " * 60
+    (tmp_path / "train.json").write_text(json.dumps(records))
+    command = ["--data", str(tmp_path), "--out", str(tmp_path / "out"), *TINY, *SHORT]
+    with pytest.raises(SystemExit) as e:
+        train.main(command)
+    error = capsys.readouterr().err
+    assert e.value.code == 2 and "12 of 120 are bad" in error and "record 3 (id 'train-1-right')" in error
+    assert error.count("an answer is empty") == 10 and not (tmp_path / "out").exists()
+    train.main([*command, "--skip-bad"])
+    error = capsys.readouterr().err
+    assert "12 of 120 are bad" in error and "record 20 " in error and "64 positions" in error
+    assert all(line["skipped"] == 13 for line in metrics(tmp_path / "out"))
+
+
+def test_a_picture_that_breaks_in_training_is_one_line_after_a_checkpoint(tiny, tmp_path, capsys, monkeypatch):
+    data = make_tiny(tmp_path / "data", n=20)
+    real = train.Run.update
+
+    def break_pictures(self, stage, parts):
+        if self.stage == 1 and self.step == 2:
+            for path in (data / "images").glob("train*"):
+                path.write_bytes(path.read_bytes()[:40])
+        return real(self, stage, parts)
+
+    monkeypatch.setattr(train.Run, "update", break_pictures)
+    for workers in ("0", "1"):
+        out = tmp_path / f"out{workers}"
+        with pytest.raises(SystemExit) as e:
+            train.main(["--data", str(data), "--out", str(out), *TINY, *SHORT, "--steps", "60", "--workers", workers])
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert e.value.code == 2 and "images/train" in error and "cannot be read" in error
+        state = torch.load(out / "last.pt", weights_only=True)
+        assert state["stage"] == 1 and state["step"] >= 3
+        data = make_tiny(tmp_path / f"data{workers}", n=20)
+
+
+@pytest.mark.parametrize("size, content", [("zero-byte", b""), ("truncated", None), ("100-megapixel", "large")])
+def test_pictures_that_are_none_are_found_before_the_first_step(tmp_path, size, content):
+    path = tmp_path / "p.png"
+    Image.new("1", (12000, 9000) if content == "large" else (50, 50)).save(path)
+    if content != "large":
+        path.write_bytes(path.read_bytes()[:60] if content is None else content)
+    talk = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+    (tmp_path / "train.json").write_text(json.dumps([{"id": "z", "image": "p.png", "conversations": talk}]))
+    with pytest.raises(ValueError, match="record 0 .id 'z'.: p.png: "):
+        Records.read(tmp_path, "train.json")
+
+
+def test_killed_at_ten_random_moments_a_run_ends_as_if_never_killed(tiny, tmp_path):
+    command = ["--data", tiny, *TINY, "--align-steps", "30", "--steps", "60", "--eval-every", "15", "--save-every", "0"]
+    whole = start(*command, "--out", tmp_path / "whole")
+    began, rng, kills = time.time(), random.Random(0), 0
+    assert whole.wait() == 0, whole.stderr.read()
+    length = time.time() - began
+    out = tmp_path / "cut"
+    while kills < 10:
+        run = start(*(["--resume"] if (out / "last.pt").exists() else command), "--out", out)
+        deadline = time.time() + rng.uniform(0.5, 1) * length
+        while not (out / "last.pt").exists() and time.time() < deadline + 60:
+            time.sleep(0.01)  # nothing to go on with before the first checkpoint
+        time.sleep(max(0, rng.uniform(0.2, 0.7) * length - 1))
+        run.send_signal(signal.SIGKILL)
+        run.wait()
+        kills += 1
+    last = start("--resume", "--out", out)
+    assert last.wait() == 0, last.stderr.read()
+    for name in ("last.pt", "model.pt"):
+        assert same(weights(out / name), weights(tmp_path / "whole" / name))
+    assert metrics(out) == metrics(tmp_path / "whole")
+
+
+def test_sigterm_to_the_whole_group_saves_and_exits_143(tiny, tmp_path):
+    run = start("--data", tiny, *TINY, "--steps", "100000", "--workers", "1", "--out", tmp_path / "out",
+                start_new_session=True)
+    deadline = time.time() + 60
+    while not (tmp_path / "out/metrics.jsonl").exists() or not (tmp_path / "out/metrics.jsonl").read_text():
+        assert time.time() < deadline and run.poll() is None
+        time.sleep(0.05)
+    os.killpg(run.pid, signal.SIGTERM)
+    out, error = run.communicate(timeout=60)
+    assert run.returncode == 143 and "--resume" in out and "Traceback" not in error, error
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_checkpoint_whole(tiny, tmp_path):
+    assert start("--data", tiny, *TINY, *SHORT, "--out", tmp_path / "out").wait() == 0
+    before = (tmp_path / "out/last.pt").read_bytes()
+    limit = len(before) // 2
+    run = start("--resume", "--out", tmp_path / "out",
+                preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+    _, error = run.communicate(timeout=60)
+    lines = [line for line in error.splitlines() if line]
+    assert run.returncode == 2 and "last.pt" in lines[-1] and "Traceback" not in error, error
+    assert (tmp_path / "out/last.pt").read_bytes() == before and not list((tmp_path / "out").glob("*.part"))
+
+
+def test_a_loss_that_is_no_number_stops_before_the_step_and_keeps_the_checkpoint(tiny, tmp_path, capsys, monkeypatch):
+    real = train.Run.gradient
+
+    def poisoned(self, parts, mask):
+        loss = real(self, parts, mask)
+        return math.nan if self.stage == 1 and self.step == 5 else loss
+
+    monkeypatch.setattr(train.Run, "gradient", poisoned)
+    with pytest.raises(SystemExit) as e:
+        train.main(["--data", str(tiny), "--out", str(tmp_path / "out"), *TINY, *SHORT])
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert e.value.code == 2 and "instruct step 5" in error and "learning rate" in error and "train-" in error
+    state = torch.load(tmp_path / "out/last.pt", weights_only=True)
+    assert all(t.isfinite().all() for t in state["model"].values())
+
+
+def test_init_takes_weights_tokenizer_and_config_and_freeze_keeps_what_it_names(tiny, tmp_path, capsys):
+    train.main(["--data", str(tiny), "--out", str(tmp_path / "a"), *TINY, *SHORT])
+    init = ["--data", str(tiny), "--init", str(tmp_path / "a/model.pt"), "--steps", "5", "--batch-size", "8",
+            "--workers", "0"]
+    train.main([*init, "--out", str(tmp_path / "b"), "--freeze", "vit"])
+    a, b = (weights(tmp_path / name / "last.pt") for name in "ab")
+    a = NanoAKI.load(tmp_path / "a/model.pt").state_dict()
+    changed = {name.split(".")[0] for name in a if not torch.equal(a[name], b[name])}
+    assert changed == {"projector", "decoder"}
+    for extra, word in ((["--n-embd", "64"], "--n-embd"), (["--align-steps", "3"], "--align-steps")):
+        assert word in refused(capsys, train.main, *init, "--out", tmp_path / "c", *extra)
+    assert "freeze needs init" in refused(capsys, train.main, "--freeze", "vit", "--out", tmp_path / "c")
+
+
+def test_a_long_history_is_shortened_the_same_way_in_training_and_evaluation(tmp_path):
+    turns = [("human", "long " * 12), ("gpt", "old"), ("human", "now?"), ("gpt", "the answer to learn")]
+    (tmp_path / "train.json").write_text(json.dumps([{"id": 1, "conversations": [
+        {"from": who, "value": text} for who, text in turns]}]))
+    data = make_tiny(tmp_path / "data", n=20)
+    train.main(["--data", str(data), "--out", str(tmp_path / "out"), *TINY, *SHORT])
+    model = NanoAKI.load(tmp_path / "out/model.pt")
+    e = Examples(Records.read(tmp_path, "train.json"), model.tokenizer, model.config)[1]
+    assert len(e.whole[0]) <= 64 and e.whole[0][:len(e.prompt[0])] == e.prompt[0]
+    assert model.tokenizer.decode(e.whole[0][len(e.prompt[0]):]) == "the answer to learn"
