@@ -485,7 +485,7 @@ def choose(logits: Tensor, temperature: float, top_k: int | None) -> Tensor:
 
 
 def save_file(state: dict, path) -> None:
-    """Write a file whole or not at all: beside path, flushed to disk, then renamed."""
+    """Write a file whole or not at all: beside path, flushed to disk, renamed; raises OSError."""
     part = f"{path}.part"
     try:
         with open(part, "wb") as f:
@@ -493,9 +493,11 @@ def save_file(state: dict, path) -> None:
             f.flush()
             os.fsync(f.fileno())
         os.replace(part, path)
-    except BaseException:
+    except BaseException as e:
         if os.path.exists(part):
             os.remove(part)
+        if isinstance(e, (OSError, RuntimeError)):  # torch.save raises the latter on a full disk
+            raise OSError(f"{path} cannot be written, what it held is whole: {e}") from e
         raise
 
 

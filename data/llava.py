@@ -251,7 +251,7 @@ class Examples(Dataset):
                 r = int(self.index[i, 0])
                 bad[i] = f"record {records.numbers[r]} (id {records[r].get('id')!r}): {e}"
         refuse(records.path, list(bad.values()), len(self), skip_bad)
-        self.skipped = len(bad)
+        self.skipped = records.skipped + len(bad)
         keep = torch.ones(len(self), dtype=torch.bool)
         keep[list(bad)] = False
         self.index, visual, text = self.index[keep], visual[keep], text[keep]

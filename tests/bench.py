@@ -1,7 +1,7 @@
 """
-What is measured rather than tested: speed on this machine.
+What is measured rather than tested: the speed of a training step on this machine.
 
-    python tests/bench.py                        # a training step under each mask, against matmul
+    python tests/bench.py                               # under each mask, against matrix products
     ONEDNN_MAX_CPU_ISA=AVX2 python tests/bench.py
     python tests/bench.py --preset small --device cuda
 """
@@ -16,7 +16,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from nanoaki import ANSWER, IMAGE, MASKS, PRESETS, PROMPT, NanoAKI  # noqa: E402
-from train import (Settings, autocast, choose_device, keep_freed_memory,  # noqa: E402
+from train import (Muon, Settings, autocast, choose_device, keep_freed_memory,  # noqa: E402
                    make_optimizers)
 
 
@@ -26,11 +26,13 @@ def synchronize(device: torch.device) -> None:
 
 
 def matmul_rate(device: torch.device, rows: int, width: int) -> float:
-    """FLOP/s of float32 matrix products (bfloat16 on CUDA): large square ones, or the model's own."""
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    rates = []
+    """FLOP/s of matrix products, the better of large squares and the model's own shape.
+
+    In float32, on CUDA in bfloat16: what the model computes in.
+    """
+    dtype, rates = torch.bfloat16 if device.type == "cuda" else torch.float32, []
     for m, k, n in ((2048, 2048, 2048), (rows, width, 4 * width)):
-        a, b = torch.randn(m, k, device=device, dtype=dtype), torch.randn(k, n, device=device, dtype=dtype)
+        a, b = (torch.randn(shape, device=device, dtype=dtype) for shape in ((m, k), (k, n)))
         repeat = max(1, int(2e10 / (2 * m * k * n)))
         for _ in range(3):
             synchronize(device)
@@ -42,38 +44,48 @@ def matmul_rate(device: torch.device, rows: int, width: int) -> float:
     return max(rates)
 
 
-def step_flops(model: NanoAKI, batch: int, T: int) -> float:
-    """Matrix products of a training step, forward and backward (twice the forward), attention included."""
+def step_flops(model: NanoAKI, muon: Muon, batch: int, pictures: int, T: int) -> float:
+    """FLOP in the matrix products of a step: forward, backward (twice that) and Muon's."""
     c = model.config
     patches = (c.image_size // c.patch_size) ** 2
-    size = {n: p.numel() for n, p in model.named_parameters() if p.dim() > 1}
-    vit = 2 * patches * sum(v for n, v in size.items() if n.startswith("vit.blocks"))
-    vit += 4 * patches ** 2 * c.vit_embd * c.vit_layer
-    patch = 2 * patches * size["vit.patch.weight"]  # has no gradient to pass on: once forward, once back
-    rest = 2 * c.visual_tokens * sum(v for n, v in size.items() if n.startswith("projector"))
-    rest += 2 * T * sum(v for n, v in size.items() if n.startswith("decoder.blocks"))
-    rest += 4 * T ** 2 * c.n_embd * c.n_layer
-    return batch * (3 * (vit + rest) + 2 * patch)
+    sizes = {n: p.numel() for n, p in model.named_parameters() if p.dim() > 1}
+
+    def layers(prefix, tokens, width, depth):  # products with weights, then attention's two
+        weights = sum(size for name, size in sizes.items() if name.startswith(prefix))
+        return 2 * tokens * weights + 4 * tokens ** 2 * width * depth
+
+    vit = layers("vit.blocks", patches, c.vit_embd, c.vit_layer)
+    patch = 2 * patches * sizes["vit.patch.weight"]  # pixels need no gradient: backward once
+    seen = 3 * (vit + layers("projector", c.visual_tokens, 0, 0)) + 2 * patch
+    newton_schulz = 0
+    for p in muon.param_groups[0]["params"]:
+        short, long = sorted(p.shape)
+        newton_schulz += 5 * (4 * short * short * long + 2 * short ** 3)
+    decoder = 3 * layers("decoder.blocks", T, c.n_embd, c.n_layer)
+    return pictures * seen + batch * decoder + newton_schulz
 
 
 def bench_steps(args) -> None:
     device, reason = choose_device(args.device)
     print(reason)
-    config = replace(PRESETS[args.preset], vocab_size=393)
-    settings, batch = Settings(), args.batch_size
+    batch, config = args.batch_size, replace(PRESETS[args.preset], vocab_size=393)
     model = NanoAKI(config).to(device)
-    optimizers = make_optimizers(model, settings.lr, settings.adamw_lr, 0.0)
-    question, answer = 11, 4  # as in shapes
-    T = config.visual_tokens + question + answer
-    roles = torch.tensor([[IMAGE] * config.visual_tokens + [PROMPT] * question + [ANSWER] * answer] * batch)
-    tokens = torch.randint(0, 256, (batch, T))
+    optimizers = make_optimizers(model, 0.001, 0.001, 0.0)
+    question, answer = 11, 4  # about as in shapes
+    T, pictures = config.visual_tokens + question + answer, -(-batch // args.share)
+    row = [IMAGE] * config.visual_tokens + [PROMPT] * question + [ANSWER] * answer
+    roles, tokens = torch.tensor([row] * batch), torch.randint(0, 256, (batch, T))
     targets = torch.where(roles == ANSWER, tokens, -100)
-    images = torch.randint(0, 256, (batch, 3, config.image_size, config.image_size), dtype=torch.uint8)
-    images, tokens, roles, targets = (t.to(device) for t in (images, tokens, roles, targets))
+    images = torch.randint(0, 256, (pictures, 3, config.image_size, config.image_size),
+                           dtype=torch.uint8)
+    index = torch.arange(batch) // args.share
+    images, index, tokens, roles, targets = (t.to(device) for t in
+                                             (images, index, tokens, roles, targets))
 
     def step(mask):
         with autocast(device):
-            model.loss(images, tokens, roles, targets, mask).backward()
+            loss = model.loss(model.see(images)[index], tokens, roles, targets, mask)
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
@@ -90,9 +102,10 @@ def bench_steps(args) -> None:
             step(mask)
             synchronize(device)
             times[mask].append(time.perf_counter() - start)
-    rate, flops = statistics.median(rates), step_flops(model, batch, T)
-    print(f"matrix products: {rate / 1e9:.0f} GFLOP/s; a step of {batch} examples, {T} positions: "
-          f"{flops / 1e9:.1f} GFLOP without the optimizer's")
+    rate = statistics.median(rates)
+    flops = step_flops(model, optimizers[0], batch, pictures, T)
+    print(f"matrix products: {rate / 1e9:.0f} GFLOP/s; a step of {batch} examples about {pictures} "
+          f"pictures, {T} positions: {flops / 1e9:.1f} GFLOP")
     for mask, seconds in times.items():
         median = statistics.median(seconds)
         print(f"{mask:<8}{1e3 * median:>8.1f} ms a step{batch / median:>8.0f} samples/s"
@@ -100,10 +113,12 @@ def bench_steps(args) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, default="nano")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--batch-size", type=int, default=Settings().batch_size)
-    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--share", type=int, default=Settings().share)
+    parser.add_argument("--rounds", type=int, default=20)
     keep_freed_memory()
     bench_steps(parser.parse_args())
