@@ -57,6 +57,7 @@ class Settings:
     save_every: float = knob(60.0, "seconds between checkpoints: what a crash can cost")
     share: int = knob(7, "questions about a picture in a batch: it is encoded once for them all")
     workers: int = knob(1, "processes that read and decode pictures; 0: the training process")
+    augment: bool = knob(False, "vary pictures in ways that keep answers true: for few pictures")
     skip_bad: bool = knob(False, "leave bad records out, counted, where the run would be refused")
     compile: bool = knob(False, "torch.compile: a slow start, then faster steps on a GPU")
     dtype: str = knob("auto", "float32 or bfloat16 (autocast); auto is bfloat16 on CUDA alone")
@@ -419,7 +420,8 @@ class Run:
         self.stage = self.step = 0
         self.best = math.inf    # lowest held-out loss of stage 2: that of model.pt
         self.losses = []        # of each step since the last evaluation
-        self.asked_to_stop = 0  # the signal
+        self.signal = 0         # that asked this process to stop
+        self.stop = 0           # the same, once all processes agree on the step
         self.waited = self.trained = self.evaluated = 0.0  # seconds of this process
         self.metrics = open(self.out / "metrics.jsonl" if self.rank == 0 else os.devnull, "a")
         seconds = 0.0
@@ -472,7 +474,7 @@ class Run:
     def signals(self):
         """Within, SIGINT and SIGTERM ask for a stop after the step; a second one stops at once."""
         def ask(number, frame):
-            self.asked_to_stop = number
+            self.signal = number
             signal.signal(number, signal.SIG_DFL)
         before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
@@ -484,13 +486,20 @@ class Run:
     def train(self) -> None:
         """All stages to their end; where a signal asks for a stop, save and leave with its code."""
         with self.signals():
-            while self.stage < len(self.stages) and not self.asked_to_stop:
+            while self.stage < len(self.stages) and not self.stop:
                 self.train_stage(self.stages[self.stage])
+            self.agree()
             self.save()
-        if self.asked_to_stop:
+        if self.stop:
             print(f"stopped; {self.out / 'model.pt'} can be asked, and this goes on:\n"
                   f"  python train.py --out {shlex.quote(str(self.out))} --resume", flush=True)
-            raise SystemExit(128 + self.asked_to_stop)
+            raise SystemExit(128 + self.stop)
+
+    def agree(self, number: float = 0) -> float:
+        """A number summed over processes, which learn here whether one was asked to stop."""
+        summed, signals = total(number, self.signal, device=self.device)
+        self.stop = self.signal or (signal.SIGTERM if signals else 0)
+        return summed
 
     def train_stage(self, stage: Stage) -> None:
         """Steps of a stage up to its end, or to a signal."""
@@ -503,7 +512,7 @@ class Run:
                    dynamic_ncols=True, mininterval=0.2 if sys.stderr.isatty() else 30,
                    disable=self.rank > 0)
         examples, seconds, saved = 0, 0.0, clock()
-        while self.step < stage.steps and not self.asked_to_stop:
+        while self.step < stage.steps and not self.stop:
             start = clock()
             try:
                 parts = [good(next(batches)) for _ in range(s.grad_accum)]
@@ -537,9 +546,7 @@ class Run:
         Parts are weighted by their targets: a mean of means would favour short answers.
         """
         sizes = [int((part.targets != -100).sum()) for part in parts]
-        targets, stop = total(sum(sizes), self.asked_to_stop, device=self.device)
-        self.asked_to_stop = self.asked_to_stop or (signal.SIGTERM if stop else 0)  # all or none
-        loss = 0.0
+        targets, loss = self.agree(sum(sizes)), 0.0
         for part, size in zip(parts, sizes):
             last = part is parts[-1]
             with nullcontext() if last or self.world == 1 else self.parallel.no_sync():
@@ -657,6 +664,7 @@ def prepare(settings: Settings, config: Config, start: dict | None):
     train, val, test = (Examples(records[n], tokenizer, config, skip_bad=skip)
                         for n in ("train", "val", split))
     stages = [Stage("instruct", train, val, config.mask, s.steps, s.lr)]
+    train.augment_seed = s.seed if s.augment else None
     if s.init:
         print(f"stage 1 is skipped: the weights are those of {s.init}")
     elif "captions" not in records or not s.align_steps:
@@ -664,6 +672,7 @@ def prepare(settings: Settings, config: Config, start: dict | None):
     else:
         captions = [Examples(part, tokenizer, config, captions=True, skip_bad=skip)
                     for part in records["captions"].split(0.02, s.seed)]
+        captions[0].augment_seed = train.augment_seed
         stages.insert(0, Stage("align", *captions, "causal", s.align_steps, s.align_lr))
     print(f"data: {folder}: " + ", ".join(f"{len(stage.examples):,} to {stage.name}"
                                           for stage in stages)

@@ -4,14 +4,15 @@ import re
 from collections import Counter, defaultdict
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from data import shapes
-from data.llava import Batches, Examples, Records, loader, parse_list
+from data.llava import Batches, Examples, Records, augment, loader, parse_list
 from helpers import make_tiny
-from nanoaki import ANSWER, IMAGE, Config, NanoAKI, Tokenizer
+from nanoaki import ANSWER, IMAGE, Config, NanoAKI, Tokenizer, fit_picture
 
 CONFIG = Config(image_size=16, patch_size=8, vit_embd=32, n_embd=32, n_head=2, vit_head=2, block_size=96)
 
@@ -251,6 +252,33 @@ def test_a_held_out_share_has_no_picture_on_both_sides(tmp_path):
 
 def shapes_pictures(record):
     return record["image"]
+
+
+def test_augmentation_keeps_what_answers_are_about_and_is_a_function_of_the_batch(made):
+    rng = np.random.default_rng(0)
+    for record in records(made, "captions")[:40]:
+        with Image.open(made / record["image"]) as image:
+            before = fit_picture(image, 96)
+        after = augment(before, rng)
+        assert after.shape == before.shape and not torch.equal(after, before)
+
+        def alike(other):  # correlation, seen from afar
+            pair = [torch.nn.functional.avg_pool2d(p.float(), 12).flatten() for p in (other, before)]
+            return float(torch.corrcoef(torch.stack(pair))[0, 1])
+
+        assert alike(after) > max(alike(after.flip(2)), alike(after.flip(1)), 0.5)
+        for place, color, _ in (o.rsplit(" ", 2) for o in list(turns(record))[1].split(", ")):
+            row, column = divmod(shapes.PLACES.index(place), 3)
+            cell = after[:, 32 * row:32 * row + 32, 32 * column:32 * column + 32].float()
+            strong = (cell.amax(0) - cell.amin(0)).flatten().topk(40).indices
+            seen = cell.flatten(1)[:, strong].median(1).values.tolist()
+            near = min(shapes.COLORS, key=lambda c: sum((a - b) ** 2
+                                                        for a, b in zip(shapes.COLORS[c], seen)))
+            assert near == color, record
+    examples = Examples(Records.read(made, "val.json"), Tokenizer([]), Config(block_size=200))
+    examples.augment_seed = 1
+    a, b, c = (examples.__getitems__(i).images for i in ([0, 9], [0, 9], [0, 10]))
+    assert torch.equal(a, b) and not torch.equal(a[0], c[0])
 
 
 def test_workers_and_the_training_process_read_the_same_batches(tmp_path):

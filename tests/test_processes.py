@@ -30,8 +30,8 @@ rank, world = rank_and_world()
 import pathlib; pathlib.Path(out).mkdir(exist_ok=True)
 run = Run(Settings(out=out, batch_size=12, grad_accum=accum), model,
           [Stage("instruct", examples, examples, "mma", 1, 0.01)], torch.device("cpu"))
-if wrong:  # every part the same weight, whatever it has to learn
-    train.total = lambda *n, device: [accum * world * n[0] if len(n) > 1 else n[0], *n[1:]]
+if wrong:  # every process the same weight, whatever it has to learn
+    run.agree = lambda number: world * number
 parts = list(loader(examples, 12, [0], 1, 0, 1, range(rank * accum, (rank + 1) * accum), world * accum, workers=0))
 run.gradient(parts, "mma")
 if rank == 0:

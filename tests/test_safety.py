@@ -186,6 +186,7 @@ def test_init_takes_weights_tokenizer_and_config_and_freeze_keeps_what_it_names(
     a = NanoAKI.load(tmp_path / "a/model.pt").state_dict()
     changed = {name.split(".")[0] for name in a if not torch.equal(a[name], b[name])}
     assert changed == {"projector", "decoder"}
+    capsys.readouterr()
     for extra, word in ((["--n-embd", "64"], "--n-embd"), (["--align-steps", "3"], "--align-steps")):
         assert word in refused(capsys, train.main, *init, "--out", tmp_path / "c", *extra)
     assert "freeze needs init" in refused(capsys, train.main, "--freeze", "vit", "--out", tmp_path / "c")
