@@ -9,6 +9,7 @@ import json
 import re
 import signal
 import sys
+import warnings
 from array import array
 from collections import Counter
 from pathlib import Path
@@ -23,6 +24,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
 from nanoaki import ANSWER, Config, Tokenizer, build_sequence, fit_picture, pad_batch
+
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # too large is refused
 
 
 def pictures_of(record: dict) -> list[str]:
