@@ -6,8 +6,8 @@ Reads the one format, LLaVA's (data/README.md): records, their examples, and bat
     for batch in loader(examples, batch_size=64, seed=[0], steps=100): ...
 """
 import json
+import os
 import re
-import signal
 import sys
 import warnings
 from array import array
@@ -388,7 +388,7 @@ def loader(examples: Examples, *how, workers: int = 1, **more) -> DataLoader:
     """The batches of Batches(examples, *how, **more), read and decoded by worker processes."""
     batches = Batches(examples, *how, **more)
     return DataLoader(examples, batch_sampler=batches, num_workers=workers, collate_fn=_whole,
-                      pin_memory=torch.cuda.is_available(), worker_init_fn=_quiet,
+                      pin_memory=torch.cuda.is_available(), worker_init_fn=_apart,
                       prefetch_factor=4 if workers else None)
 
 
@@ -396,6 +396,7 @@ def _whole(batch: Batch) -> Batch:
     return batch  # __getitems__ has made it
 
 
-def _quiet(worker: int) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):  # they reach the whole group of processes
-        signal.signal(number, signal.SIG_IGN)       # but the main one decides, and ends these
+def _apart(worker: int) -> None:
+    """Signals to the group (Ctrl-C, torchrun's) are for the training process, which ends its workers."""
+    if hasattr(os, "setpgid"):
+        os.setpgid(0, 0)

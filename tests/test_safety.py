@@ -149,6 +149,20 @@ def test_sigterm_to_the_whole_group_saves_and_exits_143(tiny, tmp_path):
     assert run.returncode == 143 and "--resume" in out and "Traceback" not in error, error
 
 
+def test_a_program_that_ends_while_workers_read_for_it_does_not_hang(tiny):
+    code = """
+import sys; sys.path.insert(0, sys.argv[1])
+from data.llava import Examples, Records, loader
+from nanoaki import Config, Tokenizer
+examples = Examples(Records.read(sys.argv[2], "train.json"), Tokenizer([]), Config(block_size=200))
+batches = iter(loader(examples, 4, [0], 1000, workers=1))
+next(batches)
+sys.exit(7)
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(ROOT), str(tiny)], timeout=60, capture_output=True, text=True)
+    assert done.returncode == 7, done.stderr
+
+
 def test_a_full_disk_is_one_line_and_leaves_the_checkpoint_whole(tiny, tmp_path):
     assert start("--data", tiny, *TINY, *SHORT, "--out", tmp_path / "out").wait() == 0
     before = (tmp_path / "out/last.pt").read_bytes()
