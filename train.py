@@ -495,10 +495,17 @@ class Run:
                   f"  python train.py --out {shlex.quote(str(self.out))} --resume", flush=True)
             raise SystemExit(128 + self.stop)
 
-    def agree(self, number: float = 0) -> float:
-        """A number summed over processes, which learn here whether one was asked to stop."""
-        summed, signals = total(number, self.signal, device=self.device)
+    def agree(self, number: float = 0, problem: Exception | None = None) -> float:
+        """A number summed over processes, which learn here whether one was asked to stop.
+
+        Raises the problem of this process after a checkpoint, and SystemExit in the others.
+        """
+        summed, signals, problems = total(number, self.signal, float(problem is not None),
+                                          device=self.device)
         self.stop = self.signal or (signal.SIGTERM if signals else 0)
+        if problems:
+            self.save()
+            raise problem or SystemExit(2)
         return summed
 
     def train_stage(self, stage: Stage) -> None:
@@ -516,9 +523,8 @@ class Run:
             start = clock()
             try:
                 parts = [good(next(batches)) for _ in range(s.grad_accum)]
-            except ValueError:
-                self.save()
-                raise
+            except ValueError as e:  # a picture that has broken since it was checked
+                self.agree(problem=e)
             self.waited += clock() - start
             self.losses.append(self.update(stage, parts))
             seconds += clock() - start
@@ -725,7 +731,6 @@ def settle(given: dict, resume: bool) -> tuple[Settings, Config, dict | None]:
 def main(argv: list[str] | None = None) -> None:
     start = time.perf_counter()
     given, resume = parse(argv)
-    keep_freed_memory()
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():  # set by torchrun
         gpu = torch.cuda.is_available() and given.get("device", "auto") in ("auto", "cuda")
         dist.init_process_group("nccl" if gpu else "gloo")
@@ -736,6 +741,7 @@ def main(argv: list[str] | None = None) -> None:
             device, reason = choose_device(settings.device)
             print(reason + (f", {world} processes" if world > 1 else ""))
             model, stages, examples, split = prepare(settings, config, state)
+            keep_freed_memory()  # from here on: what reading took is given back
             out = Path(settings.out)
             out.mkdir(parents=True, exist_ok=True)
             run = Run(settings, model, stages, device, state if resume else None)

@@ -57,13 +57,14 @@ def random_scene(rng: random.Random) -> dict[int, str]:
 
 
 def draw_scene(scene: dict[int, str], rng: random.Random, scans: dict) -> Image.Image:
-    """The scene as a grey picture: scan, place, size and shades vary; ink is always lighter."""
+    """The scene as a grey picture: white ink on black cards; scan, place, size and ground vary."""
     image = Image.new("L", (3 * CELL, 3 * CELL), rng.randint(110, 146))
     for place, digit in scene.items():
-        side = rng.randint(24, 28)
+        side = rng.randint(26, 30)
         scan = rng.choice(scans[digit]).resize((side, side), Image.Resampling.BICUBIC)
-        y, x = (CELL * i + (CELL - side) // 2 + rng.randint(-2, 2) for i in divmod(place, 3))
-        image.paste(rng.randint(235, 255), (x, y), scan)
+        y, x = (CELL * i + (CELL - side) // 2 + rng.randint(-1, 1) for i in divmod(place, 3))
+        image.paste(0, (x - 1, y - 1, x + side + 1, y + side + 1))  # without it, no digit is learned
+        image.paste(255, (x, y), scan)
     return image
 
 

@@ -45,7 +45,9 @@ def problem_with(record, folder: Path, seen: set[str]) -> str | None:
             return f'unknown speaker {turn.get("from")!r}: "human", "gpt" or "system"'
         if turn["from"] == "gpt" and not turn["value"].strip():
             return "an answer is empty"
-        if any("\ud800" <= c <= "\udfff" for c in turn["value"]):
+        try:
+            turn["value"].encode()
+        except UnicodeEncodeError:
             return "text has a lone surrogate, which UTF-8 cannot encode"
         speakers.append(turn["from"])
     talk = speakers[speakers[:1] == ["system"]:]
@@ -199,9 +201,12 @@ class Records:
         if len(held) == len(names):
             raise ValueError(f"{self.path}: no record can be held out without a picture on both "
                              f"sides; add records about other pictures")
-        sides = [[(int(self.numbers[i]), self[i]) for i, key in enumerate(keys)
-                  if (first(key) in held) == side] for side in (False, True)]
-        return Records(self.path, sides[0], self.skipped), Records(self.path, sides[1])
+
+        def side(held_out: bool) -> Iterator[tuple[int, dict]]:
+            return ((int(self.numbers[i]), self[i]) for i, key in enumerate(keys)
+                    if (first(key) in held) == held_out)
+
+        return Records(self.path, side(False), self.skipped), Records(self.path, side(True))
 
     def texts(self, limit: int, seed: int = 0) -> Iterator[str]:
         """All text of the records, in an order drawn from seed, up to limit bytes."""

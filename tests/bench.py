@@ -1,20 +1,30 @@
 """
-What is measured rather than tested: the speed of a training step on this machine.
+What is measured rather than tested: speed of a training step, memory of a large dataset, many kills.
 
-    python tests/bench.py                               # under each mask, against matrix products
+    python tests/bench.py                               # a step under each mask, against matrix products
     ONEDNN_MAX_CPU_ISA=AVX2 python tests/bench.py
     python tests/bench.py --preset small --device cuda
+    python tests/bench.py --records 665000              # Linux: 1 GB of records, as LLaVA-1.5 has
+    python tests/bench.py --kills 200                   # train.py is killed and resumed
 """
 import argparse
+import json
+import random
+import re
+import signal
 import statistics
+import subprocess
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from helpers import ROOT, kill_and_resume, make_tiny  # noqa: E402
 from nanoaki import ANSWER, IMAGE, MASKS, PRESETS, PROMPT, NanoAKI  # noqa: E402
 from train import (Muon, Settings, autocast, choose_device, keep_freed_memory,  # noqa: E402
                    make_optimizers)
@@ -112,6 +122,72 @@ def bench_steps(args) -> None:
               f"{flops / median / rate:>8.0%} of the matrix-product rate")
 
 
+def synthesise(folder: Path, records: int) -> None:
+    """As LLaVA-1.5's mixture: 1.5 kB and 5 questions a record; a thousand pictures."""
+    rng = random.Random(0)
+    (folder / "images").mkdir()
+    for i in range(1000):
+        Image.new("RGB", (24, 24), tuple(rng.choices(range(256), k=3))).save(folder / f"images/{i}.png")
+    words = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(2, 9))) for _ in range(2000)]
+    questions, answers = ([" ".join(rng.choices(words, k=rng.randint(*size))) for _ in range(5000)]
+                          for size in ((5, 12), (1, 50)))
+    with open(folder / "train.json", "w") as f:
+        for i in range(records):
+            talk = [{"from": who, "value": rng.choice(texts)} for _ in range(rng.randint(1, 9))
+                    for who, texts in (("human", questions), ("gpt", answers))]
+            record = {"id": f"{i:012}", "image": f"images/{i % 1000}.png", "conversations": talk}
+            f.write(("," if i else "[") + json.dumps(record) + "\n")
+        f.write("]")
+
+
+def memory(pid: int) -> tuple[int, int]:
+    """(bytes, processes) of a process and all below it; shared pages count once (PSS)."""
+    try:
+        pss = int(re.search(r"Pss:\s+(\d+)", Path(f"/proc/{pid}/smaps_rollup").read_text())[1]) * 1024
+        below = [memory(int(child)) for task in Path(f"/proc/{pid}/task").iterdir()
+                 for child in (task / "children").read_text().split()]
+    except (OSError, TypeError):  # it has just ended
+        return 0, 0
+    return pss + sum(b for b, _ in below), 1 + sum(n for _, n in below)
+
+
+def bench_records(records: int) -> None:
+    """What train.py's processes hold, four workers among them, under each way to start processes."""
+    code = ("import sys, torch.multiprocessing as m; m.set_start_method(sys.argv[1]); "
+            "import train; train.main(sys.argv[2:])")
+    with TemporaryDirectory() as folder:
+        folder = Path(folder)
+        synthesise(folder, records)
+        print(f"{records:,} records, {(folder / 'train.json').stat().st_size / 1e9:.2f} GB")
+        for method in ("fork", "spawn", "forkserver"):
+            out, began, peak, steps = folder / method, time.perf_counter(), 0, 0
+            run = subprocess.Popen(
+                [sys.executable, "-c", code, method, "--data", str(folder), "--out", str(out), "--workers", "4",
+                 "--block-size", "1024", "--batch-size", "8", "--eval-every", "10", "--eval-sample", "8"],
+                cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+            started = None
+            while run.poll() is None and steps < 1:
+                time.sleep(0.5)
+                held, processes = memory(run.pid)
+                peak = max(peak, held)
+                if started is None and (out / "last.pt").exists():
+                    started = time.perf_counter() - began
+                steps = (out / "metrics.jsonl").exists() and (out / "metrics.jsonl").read_text().count("step")
+            if run.poll() is not None:
+                sys.exit(run.stderr.read())
+            held, processes = memory(run.pid)
+            run.send_signal(signal.SIGTERM)
+            run.communicate()
+            print(f"{method:<12}{started:>6.0f} s to the first step; after ten: {held / 2**30:.2f} GiB in "
+                  f"{processes} processes (at most, while reading: {peak / 2**30:.2f})", flush=True)
+
+
+def bench_kills(kills: int) -> None:
+    with TemporaryDirectory() as folder:
+        kill_and_resume(make_tiny(Path(folder) / "data", n=60), Path(folder), kills)
+    print(f"{kills} kills: every run ended with the tensors and metrics of one that was never killed")
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawTextHelpFormatter)
@@ -120,5 +196,13 @@ if __name__ == "__main__":
     parser.add_argument("--batch-size", type=int, default=Settings().batch_size)
     parser.add_argument("--share", type=int, default=Settings().share)
     parser.add_argument("--rounds", type=int, default=20)
-    keep_freed_memory()
-    bench_steps(parser.parse_args())
+    parser.add_argument("--records", type=int, help="memory with that many records, instead")
+    parser.add_argument("--kills", type=int, help="kill that often, instead")
+    args = parser.parse_args()
+    if args.records:
+        bench_records(args.records)
+    elif args.kills:
+        bench_kills(args.kills)
+    else:
+        keep_freed_memory()
+        bench_steps(args)

@@ -9,9 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from helpers import TINY, make_tiny, metrics
+from helpers import ROOT, TINY, make_tiny, metrics
 
-ROOT = Path(__file__).parent.parent
 WORKER = '''
 import sys, json, torch
 sys.path[:0] = [{root!r}, {root!r} + "/tests"]
@@ -39,11 +38,11 @@ if rank == 0:
 '''
 
 
-def launch(processes, *argv, **kwargs):
+def launch(processes, *argv, timeout=110, **kwargs):
     torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}",
                 f"--master_port={29500 + os.getpid() % 1000}"]
     command = (torchrun if processes > 1 else [sys.executable]) + [str(a) for a in argv]
-    return subprocess.run(command, capture_output=True, text=True, timeout=110,
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout,
                           env=os.environ | {"OMP_NUM_THREADS": "1"}, **kwargs)
 
 
@@ -91,3 +90,31 @@ def test_two_processes_have_the_losses_and_scores_of_one_and_one_can_go_on_for_t
 def test_a_bad_flag_ends_all_processes_with_its_reason(tmp_path):
     done = launch(2, ROOT / "train.py", "--data", tmp_path, "--out", tmp_path / "out", "--device", "cpu")
     assert done.returncode != 0 and "train.json: No such file" in done.stderr
+
+
+DYING = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+import train
+update = train.Run.update
+def broken(*_):
+    raise ValueError("images/x.png: the picture cannot be read")
+def dying(self, stage, parts):
+    if self.rank == 1 and self.step == 3:
+        {how}
+    return update(self, stage, parts)
+train.Run.update = dying
+train.main()
+"""
+
+
+@pytest.mark.parametrize("how, words", [
+    ("os.kill(os.getpid(), signal.SIGKILL)", "Signal 9 (SIGKILL)"),
+    ("stage.examples.picture = broken", "images/x.png: the picture cannot be read")])
+def test_a_process_that_dies_ends_the_job_with_its_reason_and_none_hangs(tmp_path, how, words):
+    (tmp_path / "dying.py").write_text(DYING.format(root=str(ROOT), how=how))
+    data = make_tiny(tmp_path / "data", n=20)
+    done = launch(2, tmp_path / "dying.py", "--data", data, *TINY, "--out", tmp_path / "out", timeout=60)
+    assert done.returncode != 0 and words in done.stderr, done.stderr[-3000:]
+    if "picture" in words:  # all processes stopped together, after a checkpoint
+        assert torch.load(tmp_path / "out/last.pt", weights_only=True)["step"] == 4

@@ -9,7 +9,7 @@ import torch
 import sample
 import train
 from data.llava import Examples, Records
-from helpers import TINY, make_tiny, metrics
+from helpers import TINY, make_tiny, metrics, same, weights
 from nanoaki import NanoAKI
 from train import Muon, Objective, answer_all, derangement, make_optimizers, schedule, score
 
@@ -26,14 +26,6 @@ def trained(tiny, tmp_path_factory):
     out = tmp_path_factory.mktemp("run") / "out"
     train.main(["--data", str(tiny), "--out", str(out), *TINY, *STEPS])
     return out
-
-
-def weights(path):
-    return torch.load(path, weights_only=True)["model"]
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 def test_a_tiny_task_is_learned_from_pictures(trained):
