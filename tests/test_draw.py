@@ -1,0 +1,190 @@
+"""What draw.py shows is what attention gets and does."""
+import random
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import draw
+from conftest import random_roles, tiny_model
+from draw import (BLOCKED, DIAGONAL, PADDING, SEEN, UNLOCKED, Recorder, attention_maps, cell_states,
+                  draw_mask, mask_grid, mask_text, movement, placed, word_batch)
+from nanoaki import ANSWER, IMAGE, MASKS, PAD, PROMPT, Tokenizer, mma_mask
+from test_train import refused
+
+SEVEN = torch.tensor([IMAGE] * 3 + [PROMPT] * 2 + [ANSWER] * 2)
+SIGNS = {".": BLOCKED, "-": PADDING, "x": SEEN, "o": UNLOCKED, "*": DIAGONAL}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model(torch.float32, Tokenizer([]))
+
+
+@pytest.fixture(scope="module")
+def picture():
+    rng = np.random.default_rng(0)
+    return Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8))
+
+
+def test_the_seven_by_seven_mask_of_the_docstring_is_drawn_cell_by_cell():
+    rows = [line.split()[2:9] for line in mma_mask.__doc__.splitlines() if line.strip().startswith("query")]
+    drawn = cell_states(SEVEN, mma_mask(SEVEN[None])[0])
+    for q in range(7):
+        for k in range(7):
+            assert int(drawn[q, k]) == (DIAGONAL if q == k else SIGNS[rows[q][k]])
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_every_cell_of_the_picture_has_the_colour_of_what_attention_gets(name):
+    for roles in random_roles(20, seed=1):
+        mask = MASKS[name](roles[None])[0]
+        sheet = np.asarray(draw_mask(roles, [str(i) for i in range(len(roles))], [name]))
+        cell = draw.cell_side(len(roles))
+        grid = np.asarray(mask_grid(roles, mask, cell))
+        found = [(y, x) for y, x in zip(*np.where((sheet[:-grid.shape[0], :-grid.shape[1]] == grid[0, 0]).all(-1)))
+                 if (sheet[y:y + grid.shape[0], x:x + grid.shape[1]] == grid).all()]
+        assert len(found) == 1
+        for q in range(len(roles)):
+            for k in range(len(roles)):
+                pad = PAD in (roles[q], roles[k])
+                state = (PADDING if pad else DIAGONAL if q == k else BLOCKED if not mask[q, k]
+                         else SEEN if k < q else UNLOCKED)
+                y, x = found[0][0] + q * cell + cell // 2, found[0][1] + k * cell + cell // 2
+                assert tuple(sheet[y, x]) == draw.STATES[state][1]
+
+
+def test_states_differ_in_lightness_so_that_grey_will_do():
+    def lightness(color):  # CIE L*
+        linear = [((c / 255 + 0.055) / 1.055) ** 2.4 for c in color]
+        return 116 * (0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]) ** (1 / 3) - 16
+
+    levels = sorted(lightness(color) for _, color, *_ in draw.STATES.values())
+    assert min(b - a for a, b in zip(levels, levels[1:])) > 10
+
+
+@pytest.mark.parametrize("T", [8, 20, 40, 100, 400])
+def test_labels_never_overlap_and_an_image_has_one(T):
+    roles = [IMAGE] * (T // 2) + [PROMPT] * (T - T // 2 - 2) + [ANSWER] * 2
+    cell = draw.cell_side(T)
+    found = placed([str(i) for i in range(T)], roles, cell)
+    places = [y for y, _ in found]
+    assert all(b - a >= draw.LINE for a, b in zip(places, places[1:])) and places[-1] < T * cell
+    assert sum(" x " in label for _, label in found) == 1
+    assert len(found) == T - T // 2 + 1 if T <= 40 else len(found) >= 15
+
+
+def test_a_batch_of_several_images_text_first_and_padding_has_the_sequence_builders_roles():
+    roles, labels = word_batch(["see <image> and <image>", "what?"], ["a b", None], 3)
+    words = "see image image image and image image image <answer> a b <eos>".split()
+    assert labels[0] == words and labels[1] == ["image"] * 3 + ["what?", "<answer>"] + ["padding"] * 7
+    kinds = {"image": IMAGE, "a": ANSWER, "b": ANSWER, "<eos>": ANSWER, "padding": PAD}
+    assert roles.tolist() == [[kinds.get(label, PROMPT) for label in row] for row in labels]
+    assert draw_mask(roles, labels, ["causal", "mma"]).height > draw_mask(roles[0], labels[0], ["mma"]).height
+
+
+def test_the_terminal_gets_the_same_cells_in_plain_ascii():
+    labels = ["image"] * 3 + ["what?", "<answer>", "red", "<eos>"]
+    lines = mask_text(SEVEN, labels, ["mma"], 80, fancy=False).splitlines()[-7:]
+    states = cell_states(SEVEN, mma_mask(SEVEN[None])[0])
+    assert [[SIGNS[sign] for sign in line[-7:]] for line in lines] == states.tolist()
+    assert all(line.isascii() for line in lines)
+
+
+def test_the_terminals_width_is_kept_by_collapsing_image_runs_first():
+    roles, labels = word_batch(["what is it?"], ["red"], 100)
+    for width in (200, 80, 40, 26):
+        text = mask_text(roles[0], labels[0], ["mma"], width, fancy=False)
+        rows = text.split("\n\n")[1].splitlines()
+        assert max(map(len, rows)) <= width and "500 pairs" not in text and "400 pairs" in text
+        assert any("it?" in row for row in rows) and any("<eos>" in row for row in rows)
+    with pytest.raises(ValueError, match="too few"):
+        mask_text(roles[0], labels[0], ["mma"], 20, fancy=False)
+
+
+def test_colours_are_for_terminals_that_have_not_asked_for_none(monkeypatch, capsys):
+    command = ["--ask", "what?", "--out", "-", "--visual-tokens", "2"]
+    for terminal, no_color, colored in ((True, "", True), (True, "1", False), (False, "", False)):
+        monkeypatch.setenv("NO_COLOR", no_color)
+        monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+        draw.main(command)
+        assert ("\033[" in capsys.readouterr().out) == colored
+
+
+@pytest.mark.parametrize("mask", ["causal", "mma", "prefix", "image"])
+def test_recorded_attention_is_what_fused_attention_computes(model, picture, mask):
+    images, tokens, roles = model.prompt([[picture, picture], [picture]], ["what is <image> or <image>", "a"])
+    with torch.no_grad():
+        fused = model.hidden(images, tokens, roles, mask)
+        with Recorder() as recorder:
+            shown = model.hidden(images, tokens, roles, mask)
+    assert (fused - shown).abs().max() < 1e-5 and len(recorder.weights) == 2
+    for weights in recorder.weights:
+        assert (weights.sum(-1) - 1).abs().max() < 1e-5
+        seen = MASKS[mask](roles)[:, None].expand_as(weights)
+        assert (weights[~seen] == 0).all() and (weights[seen] > 0).all()
+
+
+def test_maps_come_with_the_answer_and_are_rows_and_columns_of_all_weights(model, picture):
+    question, V = "what is left of it?", 4
+    found = attention_maps(model, [picture], question, max_new_tokens=6)
+    assert found.answer == model.ask(picture, question, 6)
+    assert found.words == [*question.split(), "<answer>"]
+    T, given = len(found.roles), V + len(question) + 1
+    assert found.weights.shape == (2, 2, T, T) and T == given + len(found.tokens) - 1
+    assert (found.weights.sum(-1) - 1).abs().max() < 1e-5
+    assert torch.equal(found.looks, found.weights[:, :, given - 1:, :V])
+    assert torch.allclose(found.reads[:, :, 0], found.weights[:, :, :V, V:V + 4].sum(-1))
+    _, tokens, roles = model.prompt([[picture]], [question])
+    with torch.no_grad(), Recorder() as recorder:  # the same, all at once
+        ids = model.tokenizer.encode(question)
+        model.hidden(model.prompt([[picture]], [question])[0], tokens, roles)
+    assert len(ids) == len(question)
+    assert torch.allclose(torch.cat(recorder.weights), found.weights[:, :, :given, :given], atol=1e-6)
+
+
+def test_only_under_mma_do_visual_tokens_read_the_question_and_move_with_it(model, picture):
+    two = ["what?", "a longer question, padded otherwise"]
+    assert (attention_maps(model, [picture], two[0], "causal").reads == 0).all()
+    assert (attention_maps(model, [picture], two[0], "mma").reads > 0).all()
+    assert (movement(model, [picture], two, "causal") == 0).all()
+    assert (movement(model, [picture], two, "mma") > 0).all()
+
+
+def test_the_command_line_draws_masks_and_attention(model, picture, tmp_path, capsys):
+    model.save(tmp_path / "model.pt")
+    picture.save(tmp_path / "p.png")
+    draw.main(["--ask", "what?", "--masks", "causal,leaky", "--out", str(tmp_path / "mask.png")])
+    for more in ([], ["--layer", "2", "--head", "1"], ["--masks", "causal"]):
+        draw.main(["--model", str(tmp_path / "model.pt"), "--image", str(tmp_path / "p.png"), *more,
+                   "--ask", "what?", "where is it?", "--out", str(tmp_path / "a.png")])
+    for name in ("mask.png", "a.png"):
+        with Image.open(tmp_path / name) as image:
+            assert image.width > 200 and len(image.getcolors(1 << 20)) > 5
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--ask", "a", "--masks", "mmm"], "'mmm' is none of causal"),
+    (["--ask", " "], "a question is empty"),
+    (["--ask", "a", "--image", "p.png"], "--image needs --model"),
+    (["--ask", "a", "--layer", "1"], "--layer needs --model"),
+    (["--ask", "a", "--visual-tokens", "0"], "--visual-tokens must be 1"),
+    (["--ask", "a", "--answer", "b", "c"], "2 times --answer for 1"),
+    (["--ask", "a", "--model", "MODEL"], "--model needs --image"),
+    (["--ask", "a", "--model", "none.pt", "--image", "p.png"], "none.pt: no such file"),
+    (["--ask", "a", "--model", "MODEL", "--image", "none.png"], "none.png: No such file"),
+    (["--ask", "a", "--model", "MODEL", "--image", "PICTURE", "--layer", "3"], "layer must be 1 to 2"),
+    (["--ask", "a", "--model", "MODEL", "--image", "PICTURE", "--head", "0"], "head must be 1 to 2"),
+    (["--ask", "a" * 70, "--model", "MODEL", "--image", "PICTURE"], "64 positions"),
+    (["--ask", "a", "--out", "/nowhere/mask.png"], "/nowhere/mask.png cannot be written"),
+    (["--ask", "a", "--out", "mask.nonsense"], "unknown file extension"),
+    (["--masks", "mma"], "--ask")], ids=str)
+def test_nonsense_is_one_line_and_exit_code_2(model, picture, tmp_path, capsys, monkeypatch, argv, words):
+    monkeypatch.chdir(tmp_path)
+    model.save("model.pt")
+    picture.save("picture.png")
+    argv = [{"MODEL": "model.pt", "PICTURE": "picture.png"}.get(a, a) for a in argv]
+    assert words in refused(capsys, draw.main, *argv, *([] if "--out" in argv else ["--out", "x.png"]))
+    assert not (tmp_path / "x.png").exists() and not (tmp_path / "mask.nonsense").exists()
