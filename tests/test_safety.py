@@ -191,3 +191,13 @@ def test_a_long_history_is_shortened_the_same_way_in_training_and_evaluation(tmp
     e = Examples(Records.read(tmp_path, "train.json"), model.tokenizer, model.config)[1]
     assert len(e.whole[0]) <= 64 and e.whole[0][:len(e.prompt[0])] == e.prompt[0]
     assert model.tokenizer.decode(e.whole[0][len(e.prompt[0]):]) == "the answer to learn"
+
+
+def test_bfloat16_is_autocast_and_trains_about_as_float32_does(tiny, tmp_path):
+    losses = []
+    for dtype in ("float32", "bfloat16"):
+        out = tmp_path / dtype
+        train.main(["--data", str(tiny), "--out", str(out), *TINY, *SHORT, "--steps", "60", "--dtype", dtype])
+        assert all(t.dtype == torch.float32 for t in weights(out / "last.pt").values())
+        losses.append(metrics(out)[-2]["train_loss"])
+    assert losses[0] != losses[1] == pytest.approx(losses[0], rel=0.05)
