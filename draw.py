@@ -13,7 +13,6 @@ each visual token's state moves from one question to the other.
 import os
 import shutil
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -27,7 +26,7 @@ from torch.overrides import TorchFunctionMode
 from nanoaki import (ANSWER, IMAGE, MASKS, PAD, PROMPT, NanoAKI, Tokenizer, build_sequence,
                      fit_picture, make_mask, pad_batch)
 from sample import open_picture
-from train import Parser, choose_device, fail
+from train import Parser, fail
 
 # What a cell of a mask can be: colours differ in lightness too (in L*: 98, 82, 70, 54, 24).
 BLOCKED, PADDING, SEEN, UNLOCKED, DIAGONAL = range(5)
@@ -195,7 +194,8 @@ def draw_mask(roles: Tensor, labels: list, masks: list[str]) -> Image.Image:
     room = max(part.width for part in sheet)
     states = [(name, color) for name, color, *_ in STATES.values()]
     parts = [SEGMENTS[kind] for kind in SEGMENTS if (roles == kind).any() and kind != PAD]
-    notes = [text("rows: queries; columns: keys", "gray"), legend(states, room), legend(parts, room)]
+    notes = [text("rows: queries; columns: keys", "gray"),
+             legend(states, room), legend(parts, room)]
     return frame(join([*sheet, join(notes, down=True, gap=2)], down=True, gap=GAP))
 
 
@@ -208,8 +208,8 @@ def mask_text(roles: Tensor, labels: list[str], masks: list[str], width: int, fa
     kinds, side, edge = roles.tolist(), 2 if fancy else 1, 18
 
     def kept(image: int, other: int) -> list[int]:
-        return [i for start, stop in runs(kinds)
-                for i in range(start, min(stop, start + (image if kinds[start] == IMAGE else other)))]
+        return [i for start, stop in runs(kinds) for i in range(start, stop)
+                if i - start < (image if kinds[start] == IMAGE else other)]
 
     T = len(kinds)
     shown = next((some for some in (*(kept(n, T) for n in range(T, 0, -1)),
@@ -397,10 +397,11 @@ def draw_attention(model: NanoAKI, pictures: list[Image.Image], questions: list[
             sheet.append(join([shown, join([text(question), text(found.answer)], down=True)],
                               gap=GAP))
             here = slice(n * V, n * V + V)
-            for title, names, weights in (
-                    ("where each token of the answer looks", found.tokens, found.looks),
-                    ("which visual tokens read each word of the question", found.words, found.reads)):
-                sheet.append(map_rows(title, square, names, rows(weights[..., here])))
+            sheet += [map_rows(title, square, names, rows(weights[..., here]))
+                      for title, names, weights in (
+                          ("where each token of the answer looks", found.tokens, found.looks),
+                          ("which visual tokens read each word of the question",
+                           found.words, found.reads))]
     if len(questions) == 2:
         moved = movement(model, pictures, questions, mask)
         for n, square in enumerate(squares):
@@ -428,7 +429,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--layer", type=int, help="from 1 (default: all, and their mean)")
     parser.add_argument("--head", type=int, help="from 1 (default: the mean)")
     args = parser.parse_args(argv)
-    given = {f"--{name.replace('_', '-')}": value for name, value in vars(args).items()}
     try:
         masks = (args.masks or "causal,mma,prefix,image").split(",")
         for name in masks:
@@ -437,19 +437,17 @@ def main(argv: list[str] | None = None) -> None:
         if any(not question.strip() for question in args.ask):
             raise ValueError("--ask: a question is empty")
         if args.model:
-            for name in ("--answer",):
-                if given[name]:
-                    raise ValueError(f"{name} is for masks without a model: --model answers itself")
-            if not args.image or len(args.ask) > 2 or args.masks and len(masks) > 1 or args.out == "-":
-                raise ValueError("--model needs --image, one or two questions to --ask, at most "
-                                 "one of --masks, and a file as --out")
+            one = not args.masks or len(masks) == 1
+            if not args.image or args.answer or len(args.ask) > 2 or not one or args.out == "-":
+                raise ValueError("--model needs --image, one or two questions to --ask, no "
+                                 "--answer, at most one of --masks, and a file as --out")
             model = NanoAKI.load(args.model)
             pictures = [open_picture(path) for path in args.image]
             sheet = draw_attention(model, pictures, args.ask, args.masks, args.layer, args.head)
         else:
-            for name in ("--image", "--layer", "--head"):
-                if given[name]:
-                    raise ValueError(f"{name} needs --model: the weights are those of a model")
+            for name in ("image", "layer", "head"):
+                if getattr(args, name) is not None:
+                    raise ValueError(f"--{name} needs --model: the weights are those of a model")
             if not 1 <= args.visual_tokens <= 4096:
                 raise ValueError(f"--visual-tokens must be 1 to 4096, not {args.visual_tokens}")
             answers = args.answer or [None]
