@@ -260,7 +260,11 @@ class Objective(torch.nn.Module):
                                 for t in batch[:5])
         with autocast(self.device, self.dtype):
             visual = None if images is None else self.model.see(images)[index]
-            return self.model.loss(visual, *text, mask=mask)
+            loss = self.model.loss(visual, *text, mask=mask)
+        if images is None:  # the gradient of what sees is then 0: DDP waits for one from everybody
+            loss = loss + 0 * sum(p.sum() for part in (self.model.vit, self.model.projector)
+                                  for p in part.parameters())
+        return loss
 
 
 # Evaluation: generate the answers, greedily, and compare -----------------------------------------
@@ -415,8 +419,8 @@ class Run:
         self.objective = self.parallel = Objective(model, device, settings.dtype)
         if settings.compile:
             self.parallel = torch.compile(self.parallel)
-        if self.world > 1:  # a process may have no picture in its share of a batch
-            self.parallel = DistributedDataParallel(self.parallel, find_unused_parameters=True)
+        if self.world > 1:
+            self.parallel = DistributedDataParallel(self.parallel)
         self.stage = self.step = 0
         self.best = math.inf    # lowest held-out loss of stage 2: that of model.pt
         self.losses = []        # of each step since the last evaluation
