@@ -13,6 +13,8 @@ each visual token's state moves from one question to the other.
 import os
 import shutil
 import sys
+import unicodedata
+from itertools import chain
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -32,11 +34,11 @@ from train import Parser, fail
 BLOCKED, PADDING, SEEN, UNLOCKED, DIAGONAL = range(5)
 STATES = {  # name, colour, ASCII, a block and its ANSI colour
     BLOCKED: ("blocked", (249, 249, 249), ".", "· ", "90"),
-    PADDING: ("padding", (203, 203, 203), "-", "  ", "0"),
+    PADDING: ("padding", (203, 203, 203), "-", "░░", "90"),
     SEEN: ("seen causally", (86, 180, 233), "x", "▒▒", "36"),
     UNLOCKED: ("unlocked by the mask", (213, 94, 0), "o", "██", "33"),
     DIAGONAL: ("itself", (0, 56, 104), "*", "▓▓", "34")}
-SEGMENTS = {PAD: ("padding", (150, 150, 150)), IMAGE: ("image", (0, 158, 115)),
+SEGMENTS = {PAD: ("padding", (203, 203, 203)), IMAGE: ("image", (0, 158, 115)),
             PROMPT: ("prompt", (204, 121, 167)), ANSWER: ("answer", (230, 200, 30))}
 
 # Layout, in pixels.
@@ -45,7 +47,8 @@ SIDE, CELL = 560, (2, 22)   # a mask's side where the cells' least and largest s
 BAND, GAP = 6, 14           # thickness of the segments' colours, space between parts
 LABEL = 100                 # longest label
 THUMB = 120                 # side of a picture under a heat map
-HOT = (255, 214, 40)        # the largest weight; 0 is the darkened picture
+HOT = (255, 214, 40)        # the largest weight; at 0 the picture is dark and of little contrast
+MOST = 12                   # heat maps in a row
 
 
 def cell_states(roles: Tensor, mask: Tensor) -> Tensor:
@@ -72,7 +75,8 @@ def runs(roles: list[int]) -> list[tuple[int, int]]:
 def text(string: str, color="black", limit: int | None = None) -> Image.Image:
     """A line of text, cut to a number of pixels."""
     font = ImageFont.load_default(FONT)
-    string = " ".join(string.split())
+    string = " ".join(string[:1000].split())  # longer ones would take minutes to measure
+    string = string[:limit]                    # no character is narrower than a pixel
     if limit and font.getlength(string) > limit:
         while string and font.getlength(string + "...") > limit:
             string = string[:-1]
@@ -140,7 +144,7 @@ def placed(labels: list[str], roles: list[int], cell: int) -> list[tuple[int, st
         else:
             wanted += [(i + 0.5, labels[i]) for i in range(start, stop)]
     for middle, label in wanted:
-        y = max(0, round(middle * cell - LINE / 2))
+        y = max(0, min(round(middle * cell - LINE / 2), len(roles) * cell - LINE))
         if y >= free:
             found.append((y, label))
             free = y + LINE
@@ -150,8 +154,8 @@ def placed(labels: list[str], roles: list[int], cell: int) -> list[tuple[int, st
 def label_strip(labels: list[str], roles: list[int], cell: int, end: bool) -> Image.Image:
     """The labels beside the rows of a mask, aligned at their end or start."""
     words = [(y, text(label, limit=LABEL)) for y, label in placed(labels, roles, cell)]
-    wide = max(word.width for _, word in words)
-    strip = Image.new("RGB", (wide, max(len(roles) * cell, words[-1][0] + LINE)), "white")
+    wide = LABEL if end else max(word.width for _, word in words)  # rows of a batch stand in line
+    strip = Image.new("RGB", (wide, len(roles) * cell), "white")
     for y, word in words:
         strip.paste(word, (wide - word.width if end else 0, y))
     return strip
@@ -192,45 +196,52 @@ def draw_mask(roles: Tensor, labels: list, masks: list[str]) -> Image.Image:
                                 mask_grid(row, made[name][b], cell)], down=True, gap=2))
         sheet.append(join(panels, gap=GAP, end=True))
     room = max(part.width for part in sheet)
-    states = [(name, color) for name, color, *_ in STATES.values()]
+    states = [STATES[state][:2] for state in STATES if state != PADDING or (roles == PAD).any()]
     parts = [SEGMENTS[kind] for kind in SEGMENTS if (roles == kind).any() and kind != PAD]
     notes = [text("rows: queries; columns: keys", "gray"),
              legend(states, room), legend(parts, room)]
     return frame(join([*sheet, join(notes, down=True, gap=2)], down=True, gap=GAP))
 
 
+def columns_of(string: str) -> int:
+    """The columns of a terminal that a string takes: East Asian characters and emoji take two."""
+    return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in string)
+
+
 def mask_text(roles: Tensor, labels: list[str], masks: list[str], width: int, fancy: bool) -> str:
     """draw_mask for a terminal, of roles (T,): ASCII, or blocks and colours.
 
-    Long runs are cut to what fits in width columns, the images' first. Raises ValueError where
-    nothing fits.
+    Long runs are cut, before their last token, to what fits in width columns: the images' first.
+    Raises ValueError where nothing fits.
     """
-    kinds, side, edge = roles.tolist(), 2 if fancy else 1, 18
+    kinds, side, edge, T = roles.tolist(), 2 if fancy else 1, 18, len(roles)
 
     def kept(image: int, other: int) -> list[int]:
-        return [i for start, stop in runs(kinds) for i in range(start, stop)
-                if i - start < (image if kinds[start] == IMAGE else other)]
+        return [i for start, stop in runs(kinds) for i in range(start, stop) if i == stop - 1
+                or i - start < (image if kinds[start] == IMAGE else other) - 1]
 
-    T = len(kinds)
-    shown = next((some for some in (*(kept(n, T) for n in range(T, 0, -1)),
-                                    *(kept(1, n) for n in range(T, 0, -1)))
-                  if edge + side * len(some) <= width), None)
+    tries = chain(((n, T) for n in range(T, 0, -1)), ((1, n) for n in range(T, 0, -1)))
+    shown = next((some for n in tries if edge + side * len(some := kept(*n)) <= width), None)
     if shown is None:
         raise ValueError(f"{width} columns are too few for a mask of {T} tokens: choose a file")
-    cells, lines = [], []
-    for name, _, plain, block, ansi in STATES.values():
-        cells.append(f"\033[{ansi}m{block}\033[0m" if fancy else plain)
-        lines.append(f"{cells[-1]} {name}")
-    lines = ["   ".join(lines)]
+    cells = [f"\033[{ansi}m{block}\033[0m" if fancy else plain
+             for _, _, plain, block, ansi in STATES.values()]
+    lines = [f"{cells[state]} {STATES[state][0]}" for state in STATES
+             if state != PADDING or PAD in kinds]
+    letters = {PAD: "-", IMAGE: "I", PROMPT: "P", ANSWER: "A"}
+    cut = {b for a, b in zip(shown, shown[1:]) if b > a + 1}
+    if cut:
+        lines.append("~ some left out before")
     for name in masks:
         states = cell_states(roles, make_mask(name, roles[None])[0])
         lines += ["", f"{name}: {int((states == UNLOCKED).sum()):,} pairs unlocked",
-                  " " * edge + "".join(SEGMENTS[kinds[k]][0][0].upper().ljust(side) for k in shown)]
+                  " " * edge + "".join(("~" if k in cut else letters[kinds[k]]).ljust(side)
+                                       for k in shown)]
         for q in shown:
-            start, stop = next(run for run in runs(kinds) if q < run[1])
-            cut = q + 1 < stop and q + 1 not in shown
-            label = f"... {stop - q} {labels[q]}" if cut else labels[q]
-            lines.append(label[:edge - 2].rjust(edge - 1) + " "
+            label = ("~ " if q in cut else "") + " ".join(labels[q].split())
+            while columns_of(label) > edge - 2:
+                label = label[:-1]
+            lines.append(" " * (edge - 1 - columns_of(label)) + label + " "
                          + "".join(cells[int(states[q, k])] for k in shown))
     return "\n".join(lines)
 
@@ -302,27 +313,30 @@ def attention_maps(model: NanoAKI, pictures: list[Image.Image], question: str,
     They come with the greedy answer's generation: one pass over all that is given, then one row a
     token. The last generated token is never attended from. Raises ValueError as NanoAKI.ask does.
     """
-    model.eval()
-    images, tokens, roles = model.prompt([pictures], [question])
     limit = model.config.block_size if max_new_tokens is None else max_new_tokens
+    if limit < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, not {limit}")
+    training, (images, tokens, roles) = model.training, model.prompt([pictures], [question])
+    model.eval()
     with Recorder() as recorder, torch.no_grad():
         ids = [new for (new,) in model.stream(images, tokens, roles, limit, mask=mask)]
+    model.train(training)
     n, (_, given) = len(model.decoder.blocks), tokens.shape
     passes = [torch.cat(recorder.weights[at:at + n]) for at in range(0, len(recorder.weights), n)]
     T = given + len(passes) - 1
     weights = torch.cat([F.pad(w, (0, T - w.shape[-1])) for w in passes], 2).cpu()
     roles = F.pad(roles[0], (0, T - given), value=ANSWER).cpu()
     seen = (roles == IMAGE).nonzero()[:, 0]
-    pieces = [model.tokenizer.decode([i]) for i in tokens[0].tolist()]
-    words, columns = [], []  # a word goes on where a token has no space in front
-    for i in (roles == PROMPT).nonzero()[:, 0].tolist():
-        piece = "<answer>" if tokens[0, i] == Tokenizer.answer else pieces[i]
-        if columns and i == columns[-1][-1] + 1 and piece[:1] not in (" ", "\n", "<"):
-            words[-1] += piece
+    given_ids, columns, cut = tokens[0].tolist(), [], True
+    for i in range(given):  # a word goes on where a token has no space in front
+        piece = model.tokenizer.decode([given_ids[i]])
+        if roles[i] == PROMPT:
+            if cut or given_ids[i] == Tokenizer.answer or piece[:1].isspace():
+                columns.append([])
             columns[-1].append(i)
-        else:
-            words.append(piece.strip())
-            columns.append([i])
+        cut = roles[i] != PROMPT
+    words = ["<answer>" if given_ids[some[0]] == Tokenizer.answer else
+             model.tokenizer.decode([given_ids[i] for i in some]).strip() for some in columns]
     reads = torch.stack([weights[..., seen, :][..., some].sum(-1) for some in columns], 2)
     ends = ["<eos>"] * (len(passes) - len(ids))
     return Attention(model.tokenizer.decode(ids), words,
@@ -338,8 +352,9 @@ def movement(model: NanoAKI, pictures: list[Image.Image], questions: list[str],
     float32 (visual tokens of all pictures,): the distance of the two states in a padded batch, as a
     share of their mean length. Raises ValueError as NanoAKI.ask does.
     """
-    images, tokens, roles = model.prompt([pictures] * 2, questions)
+    training, (images, tokens, roles) = model.training, model.prompt([pictures] * 2, questions)
     x = model.eval().hidden(images, tokens, roles, mask).float()
+    model.train(training)
     a, b = (x[i, roles[i] == IMAGE] for i in (0, 1))
     return ((a - b).norm(dim=-1) / ((a.norm(dim=-1) + b.norm(dim=-1)) / 2)).cpu()
 
@@ -347,7 +362,7 @@ def movement(model: NanoAKI, pictures: list[Image.Image], questions: list[str],
 def heat_maps(picture: Image.Image, maps: Tensor, top: float) -> list[Image.Image]:
     """The picture, darkened, under each of maps (n, visual tokens), from 0 to top."""
     side = int(maps.shape[-1] ** 0.5)
-    dark = np.asarray(picture.convert("L").resize((THUMB, THUMB)), np.float32)[..., None] * 0.4
+    dark = np.asarray(picture.convert("L").resize((THUMB, THUMB)), np.float32)[..., None] * 0.2 + 25
     sheet = []
     for values in maps.reshape(-1, side, side):
         share = Image.fromarray((values / (top or 1)).clamp(0, 1).numpy().astype(np.float32))
@@ -358,15 +373,17 @@ def heat_maps(picture: Image.Image, maps: Tensor, top: float) -> list[Image.Imag
 
 def map_rows(title: str, picture: Image.Image, names: list[str], rows: dict[str, Tensor]):
     """Rows of heat maps, a column a name, each row with the scale that it is drawn on."""
-    ramp = np.linspace(0, 1, LABEL - GAP)[None, :, None].repeat(LINE // 2, 0) * np.array(HOT)
-    columns = [padded(text(name, limit=THUMB), (THUMB, LINE)) for name in names]
-    lines = [text(title), join([padded(text(""), (LABEL, LINE)), *columns], gap=4)]
+    share = np.linspace(0, 1, LABEL - GAP)[None, :, None].repeat(LINE // 2, 0)
+    ramp = 50 * (1 - share) + share * np.array(HOT)
+    columns = [padded(text(name, limit=THUMB), (THUMB, LINE)) for name in names[:MOST]]
+    more = f" (the first {MOST} of {len(names)})" if len(names) > MOST else ""
+    lines = [text(title + more), join([padded(text(""), (LABEL, LINE)), *columns], gap=4)]
     for name, maps in rows.items():
         top = float(maps.max())
         scale = join([text(name), Image.fromarray(ramp.astype(np.uint8)),
                       text(f"0 to {top:.3g}", "gray")], down=True, gap=3)
         label = padded(scale, (LABEL, THUMB), (0, THUMB // 2 - scale.height // 2))
-        lines.append(join([label, *heat_maps(picture, maps, top)], gap=4))
+        lines.append(join([label, *heat_maps(picture, maps[:MOST], top)], gap=4))
     return join(lines, down=True, gap=4)
 
 
@@ -408,10 +425,22 @@ def draw_attention(model: NanoAKI, pictures: list[Image.Image], questions: list[
             part = moved[None, n * V:n * V + V]
             sheet.append(map_rows("how far visual tokens move from one question to the other, in "
                                   "lengths of their state", square, [""], {"last state": part}))
+        if any("<image>" in q and not q.startswith("<image>") for q in questions):
+            sheet.append(text("text stands before a picture here: that alone moves its tokens"))
     heads = "mean of all heads" if head is None else f"head {head}"
     sheet.append(text(f"attention weights under mask {mask or c.mask}, {heads}: what is read, not "
                       f"an explanation of the answer", "gray"))
     return frame(join(sheet, down=True, gap=GAP))
+
+
+def can_color() -> bool:
+    """Whether standard output is a terminal that shows blocks and colours, and nobody minds."""
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    try:
+        "".join(block for *_, block, _ in STATES.values()).encode(sys.stdout.encoding or "ascii")
+    except UnicodeEncodeError:
+        return False
+    return sys.stdout.isatty() and not plain
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -420,7 +449,7 @@ def main(argv: list[str] | None = None) -> None:
                         help="questions; <image> stands for a picture, without it one comes first")
     parser.add_argument("--answer", nargs="+", metavar="TEXT",
                         help="an answer to draw after each question (default: none)")
-    parser.add_argument("--visual-tokens", type=int, default=16, help="of a picture (default 16)")
+    parser.add_argument("--visual-tokens", type=int, help="of a picture (default 16)")
     parser.add_argument("--masks", default=None, metavar="NAMES", help=f"of {', '.join(MASKS)}, "
                         "with commas (default: all but leaky); with --model one (default: its own)")
     parser.add_argument("--out", required=True, metavar="FILE", help="picture; - is the terminal")
@@ -430,17 +459,18 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--head", type=int, help="from 1 (default: the mean)")
     args = parser.parse_args(argv)
     try:
-        masks = (args.masks or "causal,mma,prefix,image").split(",")
+        masks = ("causal,mma,prefix,image" if args.masks is None else args.masks).split(",")
+        visual = 16 if args.visual_tokens is None else args.visual_tokens
         for name in masks:
             if name not in MASKS:
                 raise ValueError(f"--masks: {name!r} is none of {', '.join(MASKS)}")
         if any(not question.strip() for question in args.ask):
             raise ValueError("--ask: a question is empty")
-        if args.model:
-            one = not args.masks or len(masks) == 1
-            if not args.image or args.answer or len(args.ask) > 2 or not one or args.out == "-":
-                raise ValueError("--model needs --image, one or two questions to --ask, no "
-                                 "--answer, at most one of --masks, and a file as --out")
+        if args.model is not None:
+            useless = args.answer or args.visual_tokens or args.masks and len(masks) > 1
+            if not args.image or useless or len(args.ask) > 2 or args.out == "-":
+                raise ValueError("--model needs --image, one or two questions to --ask, at most "
+                                 "one of --masks, a file as --out; no --answer, --visual-tokens")
             model = NanoAKI.load(args.model)
             pictures = [open_picture(path) for path in args.image]
             sheet = draw_attention(model, pictures, args.ask, args.masks, args.layer, args.head)
@@ -448,18 +478,17 @@ def main(argv: list[str] | None = None) -> None:
             for name in ("image", "layer", "head"):
                 if getattr(args, name) is not None:
                     raise ValueError(f"--{name} needs --model: the weights are those of a model")
-            if not 1 <= args.visual_tokens <= 4096:
-                raise ValueError(f"--visual-tokens must be 1 to 4096, not {args.visual_tokens}")
+            if not 1 <= visual <= 4096:
+                raise ValueError(f"--visual-tokens must be 1 to 4096, not {visual}")
             answers = args.answer or [None]
             if len(answers) not in (1, len(args.ask)):
                 raise ValueError(f"{len(answers)} times --answer for {len(args.ask)} questions")
             answers *= len(args.ask) if len(answers) == 1 else 1
-            roles, labels = word_batch(args.ask, answers, args.visual_tokens)
+            roles, labels = word_batch(args.ask, answers, visual)
             if args.out == "-":
-                fancy = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
                 width = shutil.get_terminal_size((100, 24)).columns
-                for row, names in zip(roles, labels):
-                    print(mask_text(row, names, masks, width, fancy))
+                print("\n\n".join(mask_text(row, names, masks, width, can_color())
+                                  for row, names in zip(roles, labels)))
                 return
             sheet = draw_mask(roles, labels, masks)
         sheet.save(args.out)

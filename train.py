@@ -201,7 +201,7 @@ def schedule(step: int, steps: int, warmup: int) -> float:
 # Device and processes ----------------------------------------------------------------------------
 
 
-def choose_device(name: str) -> tuple[torch.device, str]:
+def choose_device(name: str, dtype: str = "auto") -> tuple[torch.device, str]:
     """The device asked for, or the best there is, and a line that says why; raises ValueError."""
     has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name != "auto" and not has.get(name):
@@ -209,18 +209,25 @@ def choose_device(name: str) -> tuple[torch.device, str]:
                          f"finds here: {', '.join(d for d in has if has[d])}")
     device = name if name != "auto" else next(d for d in has if has[d])
     if device == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        number, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        if number >= gpus:
+            raise ValueError(f"process {number} of this machine has no GPU: there are {gpus}")
+        torch.cuda.set_device(number)
     why = {"cuda": "a CUDA GPU was found", "mps": "an Apple GPU was found", "cpu": "no GPU found"}
-    what = f"{torch.get_num_threads()} threads, float32"
+    what = f"{torch.get_num_threads()} threads"
     if device == "cuda":
-        what = f"{torch.cuda.get_device_name()}, bfloat16"
+        what = torch.cuda.get_device_name()
+    what += ", bfloat16" if in_bfloat16(device, dtype) else ", float32"
     reason = "asked for" if name != "auto" else why[device]
     return torch.device(device), f"device: {device}, {what} ({reason})"
 
 
+def in_bfloat16(device: str, dtype: str) -> bool:
+    return dtype == "bfloat16" or dtype == "auto" and device == "cuda"
+
+
 def autocast(device: torch.device, dtype: str = "auto") -> torch.autocast:
-    enabled = dtype == "bfloat16" or dtype == "auto" and device.type == "cuda"
-    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+    return torch.autocast(device.type, torch.bfloat16, enabled=in_bfloat16(device.type, dtype))
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -270,30 +277,42 @@ class Objective(torch.nn.Module):
 # Evaluation: generate the answers, greedily, and compare -----------------------------------------
 
 
-def derangement(examples: Examples, indices: list[int]) -> dict[Path, Path]:
-    """Every picture of some examples -> another of them, always the same."""
-    pictures = sorted({path for i in indices for path in examples[i].pictures})
-    return dict(zip(pictures, pictures[1:] + pictures[:1]))
+def other_pictures(examples: Examples, indices: list[int]) -> dict[int, list[Path]]:
+    """As many pictures as each example has, of another that shares none; {} where there is none.
+
+    Always the same: those that come next in the order of their paths.
+    """
+    own = {i: tuple(examples[i].pictures) for i in indices}
+    some = sorted({pictures for pictures in own.values() if pictures})
+    place, found = {pictures: n for n, pictures in enumerate(some)}, {}
+    for i, mine in own.items():
+        turns = (some[(place[mine] + k) % len(some)] for k in range(1, len(some))) if mine else [()]
+        other = next((p for p in turns if not set(p) & set(mine)), None)
+        if other is None:
+            return {}
+        found[i] = [other[k % len(other)] for k in range(len(mine))]
+    return found
 
 
 def answer_all(model: NanoAKI, examples: Examples, indices: list[int], mask: str | None = None,
-               blind: bool = False, batch_size: int = 250) -> list[str]:
-    """The model's greedy answers to some examples; blind: with the picture of another of them.
+               pictures: dict[int, list[Path]] | None = None, dtype: str = "auto",
+               batch_size: int = 250) -> list[str]:
+    """The model's greedy answers to some examples, about their own pictures or those given.
 
     Generation stops a token after the longest right answer of its batch: what is longer is wrong.
     Every process answers its share and gets all answers.
     """
     device, found, (rank, world) = next(model.parameters()).device, {}, rank_and_world()
-    other = derangement(examples, indices) if blind else {}
     mine = sorted(indices, key=lambda i: float(examples.lengths[i]))[rank::world]
     for at in range(0, len(mine), batch_size):
         part = mine[at:at + batch_size]
         some = [examples[i] for i in part]
-        pictures = [examples.picture(other.get(p, p)) for e in some for p in e.pictures]
+        shown = [examples.picture(path) for i, e in zip(part, some)
+                 for path in (pictures[i] if pictures else e.pictures)]
         tokens, roles, _ = pad_batch([e.prompt for e in some])
         longest = max(len(e.whole[0]) - len(e.prompt[0]) for e in some)
-        with autocast(device):
-            rows = model.generate(torch.stack(pictures).to(device) if pictures else None,
+        with autocast(device, dtype):
+            rows = model.generate(torch.stack(shown).to(device) if shown else None,
                                   tokens.to(device), roles.to(device), longest, mask=mask)
         found |= {i: model.tokenizer.decode(ids).strip() for i, ids in zip(part, rows)}
     if world > 1:
@@ -314,11 +333,12 @@ def score(examples: Examples, indices: list[int], given: list[str]) -> tuple[dic
             {task: len(hit) for task, hit in sorted(hits.items())})
 
 
-def blind_score(model: NanoAKI, examples: Examples, indices: list[int]) -> dict[str, float]:
-    """Accuracy by task with another record's picture; nothing where there is no other picture."""
-    if len(derangement(examples, indices)) < 2:
+def blind_score(model: NanoAKI, examples: Examples, indices: list[int], **how) -> dict[str, float]:
+    """Accuracy by task with another record's pictures; nothing where there is no other picture."""
+    other = other_pictures(examples, indices)
+    if not any(other.values()):
         return {}
-    return score(examples, indices, answer_all(model, examples, indices, blind=True))[0]
+    return score(examples, indices, answer_all(model, examples, indices, pictures=other, **how))[0]
 
 
 def percent(share: float | None) -> str:
@@ -421,6 +441,7 @@ class Run:
             self.parallel = torch.compile(self.parallel)
         if self.world > 1:
             self.parallel = DistributedDataParallel(self.parallel)
+        self.how = {"dtype": settings.dtype, "batch_size": min(250, 4 * settings.batch_size)}
         self.stage = self.step = 0
         self.best = math.inf    # lowest held-out loss of stage 2: that of model.pt
         self.losses = []        # of each step since the last evaluation
@@ -434,11 +455,13 @@ class Run:
             self.losses, seconds = state["losses"], state["seconds"]
             model.load_state_dict(state["model"])
             if self.rank == 0:
-                self.metrics.truncate(state["metrics"])
+                size = (self.out / "metrics.jsonl").stat().st_size
+                self.metrics.truncate(min(state["metrics"], size))
             if state["world"] != self.world:
                 print(f"{state['world']} processes began this run and {self.world} go on: sums are "
                       f"rounded otherwise, so it is no longer bit-identical")
-        self.began = time.perf_counter() - seconds
+        self.saved = time.perf_counter()
+        self.began = self.saved - seconds
         self.make_optimizers()
         for optimizer, saved in zip(self.optimizers, state["optimizers"] if state else []):
             optimizer.load_state_dict(saved)
@@ -454,8 +477,10 @@ class Run:
 
     def save(self) -> None:
         """Write last.pt, and model.pt as long as no held-out loss has chosen one."""
+        self.saved = time.perf_counter()
         if self.rank:
             return
+        os.fsync(self.metrics.fileno())
         self.metrics.seek(0, os.SEEK_END)
         save_file({"settings": asdict(self.settings), "config": asdict(self.model.config),
                    "merges": self.model.tokenizer.merges, "model": self.model.state_dict(),
@@ -479,7 +504,8 @@ class Run:
         """Within, SIGINT and SIGTERM ask for a stop after the step; a second one stops at once."""
         def ask(number, frame):
             self.signal = number
-            signal.signal(number, signal.SIG_DFL)
+            for again in before:
+                signal.signal(again, signal.SIG_DFL)
         before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
@@ -493,7 +519,8 @@ class Run:
             while self.stage < len(self.stages) and not self.stop:
                 self.train_stage(self.stages[self.stage])
             self.agree()
-            self.save()
+            if self.stop:
+                self.save()
         if self.stop:
             print(f"stopped; {self.out / 'model.pt'} can be asked, and this goes on:\n"
                   f"  python train.py --out {shlex.quote(str(self.out))} --resume", flush=True)
@@ -519,36 +546,36 @@ class Run:
                               self.step, s.share, range(self.rank * s.grad_accum,
                                                         (self.rank + 1) * s.grad_accum),
                               self.world * s.grad_accum, workers=s.workers))
-        bar = tqdm(total=stage.steps, initial=self.step, desc=stage.name, unit="step",
-                   dynamic_ncols=True, mininterval=0.2 if sys.stderr.isatty() else 30,
-                   disable=self.rank > 0)
-        examples, seconds, saved = 0, 0.0, clock()
-        while self.step < stage.steps and not self.stop:
-            start = clock()
-            try:
-                parts = [good(next(batches)) for _ in range(s.grad_accum)]
-            except ValueError as e:  # a picture that has broken since it was checked
-                self.agree(problem=e)
-            self.waited += clock() - start
-            self.losses.append(self.update(stage, parts))
-            seconds += clock() - start
-            self.trained += clock() - start
-            examples += s.batch_size
-            self.step += 1
-            bar.update()
-            bar.set_postfix_str(f"loss {np.mean(self.losses[-50:]):.3f}, "
-                                f"{examples / seconds:.0f} samples/s", refresh=False)
-            last = self.step == stage.steps
-            if last or stage.name == "instruct" and self.step % s.eval_every == 0:
-                self.evaluate(stage, float(np.mean(self.losses)), examples / seconds)
-                self.losses, examples, seconds = [], 0, 0.0
-            if clock() - saved > s.save_every and not last:
-                self.save()
-                saved = clock()
-        bar.close()
+        examples, seconds = 0, 0.0
+        with tqdm(total=stage.steps, initial=self.step, desc=stage.name, unit="step",
+                  dynamic_ncols=True, mininterval=0.2 if sys.stderr.isatty() else 30,
+                  disable=self.rank > 0) as bar:
+            while self.step < stage.steps and not self.stop:
+                last = self.step + 1 == stage.steps
+                due = last or stage.name == "instruct" and (self.step + 1) % s.eval_every == 0
+                if due or clock() - self.saved > s.save_every:
+                    self.save()  # also before an evaluation, which may find a broken picture
+                start = clock()
+                try:
+                    parts = [good(next(batches)) for _ in range(s.grad_accum)]
+                except ValueError as e:  # a picture that has broken since it was checked
+                    self.agree(problem=e)
+                self.waited += clock() - start
+                self.losses.append(self.update(stage, parts))
+                seconds += clock() - start
+                self.trained += clock() - start
+                examples += s.batch_size
+                self.step += 1
+                bar.update()
+                bar.set_postfix_str(f"loss {np.mean(self.losses[-50:]):.3f}, "
+                                    f"{examples / seconds:.0f} samples/s", refresh=False)
+                if due:
+                    self.evaluate(stage, float(np.mean(self.losses)), examples / seconds)
+                    self.losses, examples, seconds = [], 0, 0.0
         if self.step == stage.steps:
             self.stage, self.step = self.stage + 1, 0
             self.make_optimizers()
+            self.save()
 
     def gradient(self, parts: list[Batch], mask: str) -> float:
         """Accumulate the gradient of a batch, all processes' parts of it, and return its loss.
@@ -569,7 +596,7 @@ class Run:
         """One step of the optimizers; returns the loss, or raises FloatingPointError."""
         s = self.settings
         seed = s.seed * 10 ** 9 + self.stage * 10 ** 8 + self.step
-        torch.manual_seed(seed + self.rank)  # dropout, on resume
+        torch.manual_seed((seed * self.world + self.rank) % 2 ** 63)  # dropout, on resume
         loss = self.gradient(parts, stage.mask)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0).item()
         share = schedule(self.step, stage.steps, s.warmup)
@@ -593,11 +620,11 @@ class Run:
         indices = indices[:s.eval_sample if instruct else 50]  # captions are long, and only watched
         self.model.eval()
         loss = held_out_loss(self.objective, examples, indices, stage.mask)
-        given = answer_all(self.model, examples, indices, stage.mask)
+        given = answer_all(self.model, examples, indices, stage.mask, **self.how)
         scores = {"accuracy": score(examples, indices, given)[0]}
         note = f"exact match {scores['accuracy']['all']:.1%}"
         if instruct:
-            scores["blind"] = blind_score(self.model, examples, indices)
+            scores["blind"] = blind_score(self.model, examples, indices, **self.how)
             note += f" (blind {percent(scores['blind'].get('all'))})"
         self.model.train()
         self.log(stage=stage.name, step=self.step, train_loss=train_loss, val_loss=loss, **scores,
@@ -621,9 +648,9 @@ def test(run: Run, examples: Examples, split: str) -> None:
         dist.barrier()  # until model.pt is written
     model = NanoAKI.load(run.out / "model.pt").to(run.device)
     indices = list(range(len(examples)))
-    given = answer_all(model, examples, indices)
+    given = answer_all(model, examples, indices, **run.how)
     right, counts = score(examples, indices, given)
-    blind = blind_score(model, examples, indices)
+    blind = blind_score(model, examples, indices, **run.how)
     run.log(stage=split, step=run.settings.steps, accuracy=right, blind=blind, questions=counts)
     shown = np.random.default_rng(0).permutation(len(indices))[:12].tolist()
     if run.rank == 0:
@@ -674,7 +701,7 @@ def prepare(settings: Settings, config: Config, start: dict | None):
     train, val, test = (Examples(records[n], tokenizer, config, skip_bad=skip)
                         for n in ("train", "val", split))
     stages = [Stage("instruct", train, val, config.mask, s.steps, s.lr)]
-    train.augment_seed = s.seed if s.augment else None
+    train.augment_seed = [s.seed, 1] if s.augment else None
     if s.init:
         print(f"stage 1 is skipped: the weights are those of {s.init}")
     elif "captions" not in records or not s.align_steps:
@@ -682,7 +709,7 @@ def prepare(settings: Settings, config: Config, start: dict | None):
     else:
         captions = [Examples(part, tokenizer, config, captions=True, skip_bad=skip)
                     for part in records["captions"].split(0.02, s.seed)]
-        captions[0].augment_seed = train.augment_seed
+        captions[0].augment_seed = [s.seed, 0] if s.augment else None
         stages.insert(0, Stage("align", *captions, "causal", s.align_steps, s.align_lr))
     print(f"data: {folder}: " + ", ".join(f"{len(stage.examples):,} to {stage.name}"
                                           for stage in stages)
@@ -711,11 +738,14 @@ def settle(given: dict, resume: bool) -> tuple[Settings, Config, dict | None]:
                                  f"not {value!r}; leave it out, or choose another --out")
         settings = Settings(**start["settings"] | pick(Settings, given))
         config = Config(**start["config"])
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+    elif out.exists() and (not out.is_dir() or any(  # a run killed before its first checkpoint
+            f.stat().st_size and f.suffix != ".part" for f in out.iterdir())):
         raise ValueError(f"{out} already holds something: go on with --resume if it is a run, or "
                          f"choose another --out")
     elif settings.init:
         start, own = load_file(settings.init), ("mask", "dropout")
+        if NanoAKI.load(settings.init).tokenizer is None:
+            raise ValueError(f"--init: {settings.init} was saved without a tokenizer")
         for name in given:
             if name in ("align_steps", "align_lr", "preset") or (
                     name in start["config"] and name not in own):
@@ -742,7 +772,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         with redirect_stdout(open(os.devnull, "w")) if rank else nullcontext():
             settings, config, state = settle(given, resume)
-            device, reason = choose_device(settings.device)
+            device, reason = choose_device(settings.device, settings.dtype)
             print(reason + (f", {world} processes" if world > 1 else ""))
             model, stages, examples, split = prepare(settings, config, state)
             keep_freed_memory()  # from here on: what reading took is given back

@@ -10,6 +10,7 @@ import os
 import re
 import sys
 import warnings
+import zlib
 from array import array
 from collections import Counter
 from pathlib import Path
@@ -73,6 +74,8 @@ def problem_with(record, folder: Path, seen: set[str]) -> str | None:
                 image.verify()  # of a PNG, all of it, undecoded; of others, what is cheap
         except FileNotFoundError:
             return f"{picture}: no such file"
+        except Image.DecompressionBombError:
+            return f"{picture}: more than twice {Image.MAX_IMAGE_PIXELS} pixels are too many"
         except Exception as e:  # Pillow raises whatever the bytes make it raise
             return f"{picture}: not a picture that Pillow can read ({type(e).__name__})"
         seen.add(picture)
@@ -129,7 +132,10 @@ class Records:
                 if turn["from"] == "gpt":
                     replies.extend((len(ends), j, shown, before, size, group))
                 before += size + 2
-            packed += json.dumps(record).encode()
+            talk = [{"from": t["from"], "value": t["value"]} for t in turns]
+            kept = {"id": str(record.get("id", number)), "image": pictures,
+                    "task": str(record.get("task", "")), "conversations": talk}
+            packed += json.dumps(kept).encode()
             ends.append(len(packed))
             numbers.append(number)
         if not ends:
@@ -245,7 +251,7 @@ class Examples(Dataset):
                  captions: bool = False, skip_bad: bool = False):
         self.records, self.tokenizer = records, tokenizer
         self.config, self.captions = config, captions
-        self.augment_seed = None  # set to augment the pictures of batches
+        self.augment_seed = None  # a list of numbers: augment the pictures of batches
         replies = records.replies
         if captions:
             last = torch.cat([replies[1:, 0] != replies[:-1, 0], torch.tensor([True])])
@@ -259,7 +265,7 @@ class Examples(Dataset):
                 self[i]
             except ValueError as e:
                 r = int(self.index[i, 0])
-                bad[i] = f"record {records.numbers[r]} (id {records[r].get('id')!r}): {e}"
+                bad[i] = f"record {records.numbers[r]} (id {records[r]['id']!r}): {e}"
         refuse(records.path, list(bad.values()), len(self), skip_bad)
         self.skipped = records.skipped + len(bad)
         keep = torch.ones(len(self), dtype=torch.bool)
@@ -288,8 +294,7 @@ class Examples(Dataset):
         start = whole[1].index(ANSWER)
         prompt = whole[0][:start], whole[1][:start]
         question = given[-1][1].replace("<image>", "").strip()
-        return Example(str(r.get("id", int(self.records.numbers[record]))), str(r.get("task", "")),
-                       question, answer, prompt, whole, pictures)
+        return Example(r["id"], r["task"], question, answer, prompt, whole, pictures)
 
     def __getitem__(self, i: int) -> Example:
         return self.example(*self.index[i].tolist())
@@ -310,9 +315,11 @@ class Examples(Dataset):
             pictures = [self.picture(path) for path in number]
         except ValueError as e:
             return e  # raised in a worker, it would reach the user as a traceback
-        if self.augment_seed is not None:  # a function of seed and batch, and so of seed and step
-            rng = np.random.default_rng([self.augment_seed, *indices])
-            pictures = [augment(picture, rng) for picture in pictures]
+        if self.augment_seed is not None:  # a function of seed, step and picture, however split
+            for n, path in enumerate(number):
+                name = zlib.crc32(path.relative_to(self.records.folder).as_posix().encode())
+                rng = np.random.default_rng([*self.augment_seed, indices.step, name])
+                pictures[n] = augment(pictures[n], rng)
         index = torch.tensor([number[p] for e in examples for p in e.pictures], dtype=torch.int64)
         return Batch(torch.stack(pictures) if pictures else None, index,
                      *pad_batch([e.whole for e in examples]), [e.id for e in examples])
@@ -332,6 +339,11 @@ def augment(picture: Tensor, rng: np.random.Generator) -> Tensor:
         picture[None].float(), (small, small), mode="bilinear", antialias=True)[0]
     noise = torch.from_numpy(rng.normal(0, 3, picture.shape).astype(np.float32))
     return (square * rng.uniform(0.9, 1.1) + noise).clamp(0, 255).to(torch.uint8)
+
+
+class Indices(list):
+    """Indices of a step's examples, or of a piece of them, and the number of the step."""
+    step = 0
 
 
 class Batches(Sampler):
@@ -386,7 +398,9 @@ class Batches(Sampler):
                 batches = self.epoch(number)
             cut = np.array_split(batches[step % per_epoch], self.of)
             for piece in self.pieces:
-                yield cut[piece].tolist()
+                indices = Indices(cut[piece].tolist())
+                indices.step = step
+                yield indices
 
 
 def loader(examples: Examples, *how, workers: int = 1, **more) -> DataLoader:
@@ -402,6 +416,6 @@ def _whole(batch: Batch) -> Batch:
 
 
 def _apart(worker: int) -> None:
-    """Signals to the group (Ctrl-C, torchrun's) are for the training process, which ends its workers."""
+    """Signals to the group, as Ctrl-C, are for the training process: that ends its workers."""
     if hasattr(os, "setpgid"):
         os.setpgid(0, 0)

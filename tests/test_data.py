@@ -1,6 +1,7 @@
 """The built-in dataset and the reader of the format."""
 import json
 import re
+import sys
 from collections import Counter, defaultdict
 from types import SimpleNamespace
 
@@ -9,10 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
-from data import shapes
-from data.llava import Batches, Examples, Records, augment, loader, parse_list
+from data import digits, shapes
+from data.llava import Batches, Examples, Indices, Records, augment, loader, parse_list
 from helpers import make_tiny
-from nanoaki import ANSWER, IMAGE, Config, NanoAKI, Tokenizer, fit_picture
+from nanoaki import ANSWER, IMAGE, PAD, Config, NanoAKI, Tokenizer, fit_picture
 
 CONFIG = Config(image_size=16, patch_size=8, vit_embd=32, n_embd=32, n_head=2, vit_head=2, block_size=96)
 
@@ -276,9 +277,60 @@ def test_augmentation_keeps_what_answers_are_about_and_is_a_function_of_the_batc
                                                         for a, b in zip(shapes.COLORS[c], seen)))
             assert near == color, record
     examples = Examples(Records.read(made, "val.json"), Tokenizer([]), Config(block_size=200))
-    examples.augment_seed = 1
-    a, b, c = (examples.__getitems__(i).images for i in ([0, 9], [0, 9], [0, 10]))
-    assert torch.equal(a, b) and not torch.equal(a[0], c[0])
+    examples.augment_seed = [1, 0]
+
+    def pictures(step, indices):
+        part = Indices(indices)
+        part.step = step
+        return examples.__getitems__(part).images
+
+    whole = pictures(3, [0, 9, 20])  # however a step's batch is split; other steps differ
+    assert torch.equal(whole, torch.cat([pictures(3, [0]), pictures(3, [9, 20])]))
+    assert not torch.equal(whole, pictures(4, [0, 9, 20]))
+    assert all(part.step == 5 + n for n, part in enumerate(Batches(examples, 4, [0], 9, start=5)))
+
+
+def test_digits_are_scans_that_no_other_split_has_and_its_answers_are_right(tmp_path, monkeypatch, capsys):
+    rng = np.random.default_rng(0)  # stands in for scikit-learn's, which nothing else needs
+    scans = SimpleNamespace(images=rng.integers(0, 17, (800, 8, 8)), target=np.arange(800) % 10)
+    fake = SimpleNamespace(load_digits=lambda: scans)
+    monkeypatch.setitem(sys.modules, "sklearn", SimpleNamespace(datasets=fake))
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", fake)
+    split = digits.split_scans(0)
+    seen = [{scan.tobytes() for some in part.values() for scan in some} for part in split.values()]
+    assert list(map(len, seen)) == [300, 300, 200] and len(set.union(*seen)) == 800
+    digits.make(tmp_path / "digits", 0, scenes=60, held_out=10)
+    captions = {r["image"]: list(turns(r))[1] for r in records(tmp_path / "digits", "captions")}
+    words = {"left of": -1, "right of": 1, "above": -3, "below": 3}
+    asked = Counter()
+    for r in records(tmp_path / "digits", "train"):
+        scene = {shapes.PLACES.index(place): digit for place, digit in
+                 (o.rsplit(" ", 1) for o in captions[r["image"]].split(", "))}
+        question, answer = turns(r)
+        where = {digit: place for place, digit in scene.items()}
+        found = re.findall(r"\d", question)
+        step = next((step for word, step in words.items() if f" {word} " in question), None)
+        line = question[question.find("in the ") + 7:-1]
+        right = {"exist": lambda: "yes" if found[0] in where else "no",
+                 "count": lambda: str(list(scene.values()).count(found[0])),
+                 "where": lambda: shapes.PLACES[where[found[0]]],
+                 "at": lambda: scene[shapes.PLACES.index(question[22:-1])],
+                 "rel": lambda: scene[where[found[0]] + step],
+                 "sum": lambda: str(int(found[0]) + int(scene[where[found[0]] + step])),
+                 "max": lambda: max(scene[p] for p in digits.LINES[line] if p in scene)}[r["task"]]()
+        assert answer == right, (question, scene)
+        asked[r["task"]] += 1
+    assert asked == {task: 60 for task in digits.TASKS}
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(ValueError, match="pip install scikit-learn"):
+        digits.split_scans(0)
+
+
+def test_padding_is_under_15_percent_on_shapes(made):
+    tokenizer = Tokenizer.train(list(Records.read(made, "train.json").texts(10 ** 6)))
+    examples = Examples(Records.read(made, "train.json"), tokenizer, Config())
+    batches = list(loader(examples, 64, [0, 1], 20, 0, 7, workers=0))
+    assert sum(int((b.roles == PAD).sum()) for b in batches) < 0.15 * sum(b.roles.numel() for b in batches)
 
 
 def test_workers_and_the_training_process_read_the_same_batches(tmp_path):

@@ -1,5 +1,4 @@
 """What draw.py shows is what attention gets and does."""
-import random
 import sys
 
 import numpy as np
@@ -37,6 +36,14 @@ def test_the_seven_by_seven_mask_of_the_docstring_is_drawn_cell_by_cell():
             assert int(drawn[q, k]) == (DIAGONAL if q == k else SIGNS[rows[q][k]])
 
 
+def position(sheet, grid):
+    """(y, x) of the only place where a picture holds another."""
+    high, wide = grid.shape[:2]
+    (found,) = [(y, x) for y, x in zip(*np.where((sheet[:-high, :-wide] == grid[0, 0]).all(-1)))
+                if (sheet[y:y + high, x:x + wide] == grid).all()]
+    return found
+
+
 @pytest.mark.parametrize("name", MASKS)
 def test_every_cell_of_the_picture_has_the_colour_of_what_attention_gets(name):
     for roles in random_roles(20, seed=1):
@@ -44,15 +51,13 @@ def test_every_cell_of_the_picture_has_the_colour_of_what_attention_gets(name):
         sheet = np.asarray(draw_mask(roles, [str(i) for i in range(len(roles))], [name]))
         cell = draw.cell_side(len(roles))
         grid = np.asarray(mask_grid(roles, mask, cell))
-        found = [(y, x) for y, x in zip(*np.where((sheet[:-grid.shape[0], :-grid.shape[1]] == grid[0, 0]).all(-1)))
-                 if (sheet[y:y + grid.shape[0], x:x + grid.shape[1]] == grid).all()]
-        assert len(found) == 1
+        found = position(sheet, grid)
         for q in range(len(roles)):
             for k in range(len(roles)):
                 pad = PAD in (roles[q], roles[k])
                 state = (PADDING if pad else DIAGONAL if q == k else BLOCKED if not mask[q, k]
                          else SEEN if k < q else UNLOCKED)
-                y, x = found[0][0] + q * cell + cell // 2, found[0][1] + k * cell + cell // 2
+                y, x = found[0] + q * cell + cell // 2, found[1] + k * cell + cell // 2
                 assert tuple(sheet[y, x]) == draw.STATES[state][1]
 
 
@@ -65,13 +70,18 @@ def test_states_differ_in_lightness_so_that_grey_will_do():
     assert min(b - a for a, b in zip(levels, levels[1:])) > 10
 
 
-@pytest.mark.parametrize("T", [8, 20, 40, 100, 400])
+@pytest.mark.parametrize("T", [8, 20, 40, 100, 141, 396, 400])
 def test_labels_never_overlap_and_an_image_has_one(T):
     roles = [IMAGE] * (T // 2) + [PROMPT] * (T - T // 2 - 2) + [ANSWER] * 2
     cell = draw.cell_side(T)
     found = placed([str(i) for i in range(T)], roles, cell)
     places = [y for y, _ in found]
-    assert all(b - a >= draw.LINE for a, b in zip(places, places[1:])) and places[-1] < T * cell
+    assert all(b - a >= draw.LINE for a, b in zip(places, places[1:])) and places[-1] + draw.LINE <= T * cell
+    sheet = np.asarray(draw_mask(torch.tensor(roles), [str(i) for i in range(T)], ["mma"]))
+    grid = np.asarray(mask_grid(torch.tensor(roles), MASKS["mma"](torch.tensor([roles]))[0], cell))
+    y, x = position(sheet, grid)
+    for band in (sheet[y:y + T * cell, x - draw.GAP - 1], sheet[y - 3, x:x + T * cell]):  # at its own row and column
+        assert [tuple(color) for color in band[cell // 2::cell]] == [draw.SEGMENTS[kind][1] for kind in roles]
     assert sum(" x " in label for _, label in found) == 1
     assert len(found) == T - T // 2 + 1 if T <= 40 else len(found) >= 15
 
@@ -97,7 +107,7 @@ def test_the_terminals_width_is_kept_by_collapsing_image_runs_first():
     roles, labels = word_batch(["what is it?"], ["red"], 100)
     for width in (200, 80, 40, 26):
         text = mask_text(roles[0], labels[0], ["mma"], width, fancy=False)
-        rows = text.split("\n\n")[1].splitlines()
+        rows = text.splitlines()[1:]  # below the legend
         assert max(map(len, rows)) <= width and "500 pairs" not in text and "400 pairs" in text
         assert any("it?" in row for row in rows) and any("<eos>" in row for row in rows)
     with pytest.raises(ValueError, match="too few"):
@@ -113,9 +123,12 @@ def test_colours_are_for_terminals_that_have_not_asked_for_none(monkeypatch, cap
         assert ("\033[" in capsys.readouterr().out) == colored
 
 
+@pytest.mark.parametrize("same_length", [False, True])  # causal without padding is a path of its own
 @pytest.mark.parametrize("mask", ["causal", "mma", "prefix", "image"])
-def test_recorded_attention_is_what_fused_attention_computes(model, picture, mask):
-    images, tokens, roles = model.prompt([[picture, picture], [picture]], ["what is <image> or <image>", "a"])
+def test_recorded_attention_is_what_fused_attention_computes(model, picture, mask, same_length):
+    two = ["<image> or what is <image>" if same_length else "a <image><image>", "what is <image> or <image>"]
+    images, tokens, roles = model.prompt([[picture, picture]] * 2, two)
+    assert (PAD in roles) != same_length
     with torch.no_grad():
         fused = model.hidden(images, tokens, roles, mask)
         with Recorder() as recorder:
@@ -135,6 +148,7 @@ def test_maps_come_with_the_answer_and_are_rows_and_columns_of_all_weights(model
     T, given = len(found.roles), V + len(question) + 1
     assert found.weights.shape == (2, 2, T, T) and T == given + len(found.tokens) - 1
     assert (found.weights.sum(-1) - 1).abs().max() < 1e-5
+    assert (found.weights[..., ~mma_mask(found.roles[None])[0]] == 0).all()
     assert torch.equal(found.looks, found.weights[:, :, given - 1:, :V])
     assert torch.allclose(found.reads[:, :, 0], found.weights[:, :, :V, V:V + 4].sum(-1))
     _, tokens, roles = model.prompt([[picture]], [question])
@@ -143,6 +157,11 @@ def test_maps_come_with_the_answer_and_are_rows_and_columns_of_all_weights(model
         model.hidden(model.prompt([[picture]], [question])[0], tokens, roles)
     assert len(ids) == len(question)
     assert torch.allclose(torch.cat(recorder.weights), found.weights[:, :, :given, :given], atol=1e-6)
+
+
+def test_words_of_the_question_are_whole_whatever_their_characters(model, picture):
+    found = attention_maps(model, [picture], "caf\u00e9 <image> \u4f60\u597d <b> \U0001f642?", max_new_tokens=1)
+    assert found.words == ["caf\u00e9", "", "\u4f60\u597d", "<b>", "\U0001f642?", "<answer>"]
 
 
 def test_only_under_mma_do_visual_tokens_read_the_question_and_move_with_it(model, picture):

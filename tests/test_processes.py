@@ -3,7 +3,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,21 +19,25 @@ import train
 from data.llava import Examples, Records, loader
 from nanoaki import Config, NanoAKI, Tokenizer
 from train import Run, Settings, Stage, rank_and_world
-folder, out, accum, wrong = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4] == "wrong"
-torch.manual_seed(0)
+folder, out = sys.argv[1:3]
 config = Config(image_size=16, patch_size=8, vit_embd=32, n_embd=32, n_head=2, vit_head=2, block_size=96)
-model = NanoAKI(config, Tokenizer([]))
-examples = Examples(Records.read(folder, "train.json"), model.tokenizer, config)
 rank, world = rank_and_world()
 import pathlib; pathlib.Path(out).mkdir(exist_ok=True)
-run = Run(Settings(out=out, batch_size=12, grad_accum=accum), model,
-          [Stage("instruct", examples, examples, "mma", 1, 0.01)], torch.device("cpu"))
-if wrong:  # every process the same weight, whatever it has to learn
-    run.agree = lambda number: world * number
-parts = list(loader(examples, 12, [0], 1, 0, 1, range(rank * accum, (rank + 1) * accum), world * accum, workers=0))
-run.gradient(parts, "mma")
-if rank == 0:
-    torch.save(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]), out + "/g.pt")
+for how in sys.argv[3:]:
+    torch.manual_seed(0)
+    model, accum = NanoAKI(config, Tokenizer([])), int(how[0])
+    examples = Examples(Records.read(folder, "train.json"), model.tokenizer, config)
+    run = Run(Settings(out=out, batch_size=12, grad_accum=accum), model,
+              [Stage("instruct", examples, examples, "mma", 1, 0.01)], torch.device("cpu"))
+    if "wrong" in how:  # every process the same weight, whatever it has to learn
+        run.agree = lambda number: world * number
+    parts = list(loader(examples, 12, [0], 1, 0, 1, range(rank * accum, (rank + 1) * accum), world * accum, workers=0))
+    run.gradient(parts, "mma")
+    seen = torch.tensor([float(any(part.images is not None for part in parts))])
+    if world > 1: dist.all_reduce(seen)
+    if rank == 0:
+        grads = torch.cat([p.grad.flatten() for p in model.parameters()])
+        torch.save({{"gradient": grads, "ranks with pictures": int(seen)}}, f"{{out}}/{{how}}.pt")
 '''
 
 
@@ -59,16 +62,18 @@ def mixed(tmp_path_factory):
 
 
 def test_the_gradient_is_one_whether_whole_split_or_on_two_processes_and_not_with_a_mean_each(mixed):
-    def gradient(processes, accum, wrong=False):
-        out = mixed / f"{processes}{accum}{wrong}"
-        done = launch(processes, mixed / "worker.py", mixed, out, accum, "wrong" if wrong else "right")
+    found = {}
+    for processes, hows in ((1, ["1", "3"]), (2, ["1", "2", "1 wrong"])):
+        out = mixed / str(processes)
+        done = launch(processes, mixed / "worker.py", mixed, out, *hows)
         assert done.returncode == 0, done.stderr[-3000:]
-        return torch.load(out / "g.pt")
-
-    whole = gradient(1, 1)
-    for processes, accum in ((1, 3), (2, 1), (2, 2)):
-        assert (gradient(processes, accum) - whole).norm() < 1e-5 * whole.norm(), (processes, accum)
-    assert (gradient(2, 1, wrong=True) - whole).norm() > 0.01 * whole.norm()
+        found |= {(processes, how): torch.load(out / f"{how}.pt") for how in hows}
+    assert found[2, "1"]["ranks with pictures"] == 1  # the other one has none
+    found = {key: value["gradient"] for key, value in found.items()}
+    whole = found[1, "1"]
+    for key in ((1, "3"), (2, "1"), (2, "2")):
+        assert (found[key] - whole).norm() < 1e-5 * whole.norm(), key
+    assert (found[2, "1 wrong"] - whole).norm() > 0.01 * whole.norm()
 
 
 def test_two_processes_have_the_losses_and_scores_of_one_and_one_can_go_on_for_them(tmp_path):

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -71,6 +70,46 @@ def test_bad_records_are_counted_and_shown_or_skipped_and_counted(tiny, tmp_path
     error = capsys.readouterr().err
     assert "12 of 120 are bad" in error and "record 20 " in error and "64 positions" in error
     assert all(line["skipped"] == 13 for line in metrics(tmp_path / "out"))
+
+
+def test_a_held_out_picture_that_breaks_before_an_evaluation_costs_no_more_than_a_step(tmp_path, capsys, monkeypatch):
+    data = make_tiny(tmp_path / "data", n=20)
+    real = train.Run.update
+
+    def break_pictures(self, stage, parts):
+        if self.stage == 1 and self.step == 2:
+            for path in (data / "images").glob("val*"):
+                path.write_bytes(path.read_bytes()[:40])
+        return real(self, stage, parts)
+
+    monkeypatch.setattr(train.Run, "update", break_pictures)
+    with pytest.raises(SystemExit) as e:
+        train.main(["--data", str(data), "--out", str(tmp_path / "out"), *TINY, *SHORT])
+    assert e.value.code == 2 and "images/val" in capsys.readouterr().err.splitlines()[-1]
+    state = torch.load(tmp_path / "out/last.pt", weights_only=True)
+    assert (state["stage"], state["step"]) == (1, 5)  # evaluated every 6 steps
+
+
+def test_a_second_signal_of_either_kind_ends_at_once(tiny, tmp_path):
+    run = train.Run.__new__(train.Run)
+    with run.signals():
+        signal.raise_signal(signal.SIGINT)
+        assert run.signal == signal.SIGINT
+        assert signal.getsignal(signal.SIGINT) == signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_folder_of_a_run_killed_before_its_first_checkpoint_can_be_used_again(tiny, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/metrics.jsonl").touch()
+    (tmp_path / "out/last.pt.part").write_text("half")
+    train.main(["--data", str(tiny), "--out", str(tmp_path / "out"), *TINY, *SHORT])
+    assert NanoAKI.load(tmp_path / "out/model.pt")
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tiny, tmp_path, capsys):
+    (tmp_path / "file").write_text("not a folder")
+    error = refused(capsys, train.main, "--data", tiny, "--out", tmp_path / "file/out", *TINY, *SHORT)
+    assert str(tmp_path / "file") in error
 
 
 def test_a_picture_that_breaks_in_training_is_one_line_after_a_checkpoint(tiny, tmp_path, capsys, monkeypatch):
@@ -138,8 +177,17 @@ sys.exit(7)
     assert done.returncode == 7, done.stderr
 
 
-def test_a_full_disk_is_one_line_and_leaves_the_checkpoint_whole(tiny, tmp_path):
-    assert start("--data", tiny, *TINY, *SHORT, "--out", tmp_path / "out").wait() == 0
+def test_a_full_disk_is_one_line_and_leaves_the_checkpoint_whole(tiny, tmp_path, monkeypatch):
+    real = train.Run.update
+
+    def stop(self, stage, parts):
+        if self.step == 3:
+            signal.raise_signal(signal.SIGINT)
+        return real(self, stage, parts)
+
+    monkeypatch.setattr(train.Run, "update", stop)
+    with pytest.raises(SystemExit):
+        train.main(["--data", str(tiny), *TINY, *SHORT, "--out", str(tmp_path / "out")])
     before = (tmp_path / "out/last.pt").read_bytes()
     limit = len(before) // 2
     run = start("--resume", "--out", tmp_path / "out",
@@ -150,20 +198,27 @@ def test_a_full_disk_is_one_line_and_leaves_the_checkpoint_whole(tiny, tmp_path)
     assert (tmp_path / "out/last.pt").read_bytes() == before and not list((tmp_path / "out").glob("*.part"))
 
 
-def test_a_loss_that_is_no_number_stops_before_the_step_and_keeps_the_checkpoint(tiny, tmp_path, capsys, monkeypatch):
-    real = train.Run.gradient
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_gradient_that_is_no_number_stops_before_the_step_and_keeps_the_checkpoint(tiny, tmp_path, capsys, monkeypatch,
+                                                                                      value):
+    real, kept = train.Run.gradient, {}
 
     def poisoned(self, parts, mask):
         loss = real(self, parts, mask)
-        return math.nan if self.stage == 1 and self.step == 5 else loss
+        if self.stage == 1 and self.step == 5:
+            self.model.decoder.norm.weight.grad[0] = value
+            kept.update(self.model.state_dict(), last=(tmp_path / "out/last.pt").read_bytes())
+            kept["decoder.token.weight"] = kept["decoder.token.weight"].clone()
+        return loss
 
     monkeypatch.setattr(train.Run, "gradient", poisoned)
     with pytest.raises(SystemExit) as e:
-        train.main(["--data", str(tiny), "--out", str(tmp_path / "out"), *TINY, *SHORT])
+        train.main(["--data", str(tiny), "--out", str(tmp_path / "out"), *TINY, *SHORT, "--save-every", "0"])
     error = capsys.readouterr().err.splitlines()[-1]
     assert e.value.code == 2 and "instruct step 5" in error and "learning rate" in error and "train-" in error
+    assert (tmp_path / "out/last.pt").read_bytes() == kept["last"]
     state = torch.load(tmp_path / "out/last.pt", weights_only=True)
-    assert all(t.isfinite().all() for t in state["model"].values())
+    assert state["step"] == 5 and torch.equal(state["model"]["decoder.token.weight"], kept["decoder.token.weight"])
 
 
 def test_init_takes_weights_tokenizer_and_config_and_freeze_keeps_what_it_names(tiny, tmp_path, capsys):

@@ -2,6 +2,7 @@
 import json
 import os
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import train
 from data.llava import Examples, Records
 from helpers import TINY, make_tiny, metrics, same, weights
 from nanoaki import NanoAKI
-from train import Muon, Objective, answer_all, derangement, make_optimizers, schedule, score
+from train import Muon, Objective, answer_all, make_optimizers, other_pictures, schedule, score
 
 STEPS = ["--align-steps", "150", "--steps", "300", "--eval-every", "100", "--lr", "0.01"]
 
@@ -199,8 +200,16 @@ def test_the_learning_rate_rises_then_falls_to_nothing():
 def test_blind_pictures_are_always_of_another_record(tiny, trained):
     model = NanoAKI.load(trained / "model.pt")
     examples = Examples(Records.read(tiny, "test.json"), model.tokenizer, model.config)
-    other = derangement(examples, list(range(len(examples))))
-    assert all(a != b for a, b in other.items()) and sorted(other) == sorted(other.values())
+    other = other_pictures(examples, list(range(len(examples))))
+    assert all(len(other[i]) == 1 and other[i] != examples[i].pictures for i in other)
+    assert len({p for some in other.values() for p in some}) == len({examples[i].pictures[0] for i in other})
+
+
+def test_of_several_pictures_none_is_shown_blind_to_a_record_that_has_it():
+    own = [["0a", "0b"], ["1a", "1b"], ["0b", "2a", "2b"], [], ["0a", "0b"]]
+    other = other_pictures([SimpleNamespace(pictures=p) for p in own], [0, 1, 2, 3, 4])
+    assert all(len(other[i]) == len(own[i]) and not set(other[i]) & set(own[i]) for i in range(5))
+    assert other_pictures([SimpleNamespace(pictures=p) for p in own[::4]], [0, 1]) == {}
 
 
 def test_stopping_after_the_longest_right_answer_changes_no_score(tiny, trained):
