@@ -4,7 +4,7 @@ Another dataset: 96 x 96 mosaics of scanned handwritten digits, questions in sev
     pip install scikit-learn                        # it holds the scans: 1,797 of 8 x 8 pixels
     python data/digits.py                           # data/digits-seed0
     python data/digits.py --seed 1 --scenes 2000    # a smaller one, other mosaics and another split
-    python train.py --data data/digits-seed0 --out out/digits
+    python train.py --data data/digits-seed0 --merge 2 --align-steps 300 --steps 4000
 
 It writes the one format that data/README.md describes. The scans are split before any mosaic is
 made: val and test show scans that training never saw. A mosaic depends on the seed, its split and
@@ -63,7 +63,7 @@ def draw_scene(scene: dict[int, str], rng: random.Random, scans: dict) -> Image.
         side = rng.randint(26, 30)
         scan = rng.choice(scans[digit]).resize((side, side), Image.Resampling.BICUBIC)
         y, x = (CELL * i + (CELL - side) // 2 + rng.randint(-1, 1) for i in divmod(place, 3))
-        image.paste(0, (x - 1, y - 1, x + side + 1, y + side + 1))  # without it, no digit is learned
+        image.paste(0, (x - 1, y - 1, x + side + 1, y + side + 1))  # else none is learned
         image.paste(255, (x, y), scan)
     return image
 
