@@ -115,14 +115,15 @@ def refuse(path: Path, bad: list[str], total: int, skip: bool) -> None:
 
 
 class Records:
-    """Checked records, packed into one block of bytes: processes share it and copy no objects."""
+    """Checked records, compressed into one block: processes share it and copy no objects."""
 
     def __init__(self, path: Path, numbered: Iterable[tuple[int, dict]], skipped: int = 0):
-        packed, ends, numbers, replies = bytearray(), array("q"), array("q"), array("q")
+        packed, ends, numbers, replies = bytearray(), array("q"), array("q"), array("i")
         pictures, group = [], -1  # of records in a row with the same pictures
         for number, record in numbered:
             group += not pictures or pictures != pictures_of(record)
             turns, pictures, before = record["conversations"], pictures_of(record), 0
+            system = len(turns[0]["value"].encode()) + 2 if turns[0]["from"] == "system" else 0
             placed = any("<image>" in t["value"] for t in turns if t["from"] == "human")
             shown = 0 if placed else len(pictures)
             for j, turn in enumerate(turns):
@@ -130,12 +131,12 @@ class Records:
                 if turn["from"] == "human":
                     shown += turn["value"].count("<image>")
                 if turn["from"] == "gpt":
-                    replies.extend((len(ends), j, shown, before, size, group))
-                before += size + 2
+                    replies.extend((len(ends), j, shown, before, size, group, system + asked))
+                before, asked = before + size + 2, size + 2
             talk = [{"from": t["from"], "value": t["value"]} for t in turns]
             kept = {"id": str(record.get("id", number)), "image": pictures,
                     "task": str(record.get("task", "")), "conversations": talk}
-            packed += json.dumps(kept).encode()
+            packed += zlib.compress(json.dumps(kept).encode(), 1)
             ends.append(len(packed))
             numbers.append(number)
         if not ends:
@@ -144,8 +145,9 @@ class Records:
         self.data = torch.frombuffer(packed, dtype=torch.uint8)
         self.ends = torch.frombuffer(ends, dtype=torch.int64)
         self.numbers = torch.frombuffer(numbers, dtype=torch.int64)  # in the file
-        # Of each reply: record, turn, pictures before it, bytes before it, its own bytes, group.
-        self.replies = torch.frombuffer(replies, dtype=torch.int64).view(-1, 6)
+        # Of each reply: record, turn, pictures before it, bytes before it, its own bytes, group,
+        # and bytes before it that are not history, which cannot be left out.
+        self.replies = torch.frombuffer(replies, dtype=torch.int32).view(-1, 7)
 
     @classmethod
     def read(cls, folder, name: str, skip_bad: bool = False) -> "Records":
@@ -180,7 +182,7 @@ class Records:
 
     def __getitem__(self, i: int) -> dict:
         start, end = int(self.ends[i - 1]) if i else 0, int(self.ends[i])
-        return json.loads(self.data[start:end].numpy().tobytes())
+        return json.loads(zlib.decompress(self.data[start:end].numpy()))
 
     def split(self, share: float, seed: int) -> tuple["Records", "Records"]:
         """(rest, held out): about `share` of the records, and no picture on both sides."""
@@ -255,12 +257,12 @@ class Examples(Dataset):
         replies = records.replies
         if captions:
             last = torch.cat([replies[1:, 0] != replies[:-1, 0], torch.tensor([True])])
-            replies = replies[last] * torch.tensor([1, 1, 1, 0, 1, 1])
+            replies = replies[last] * torch.tensor([1, 1, 1, 0, 1, 1, 0], dtype=torch.int32)
         self.index = replies[:, :2]  # (record, turn) of each example
         visual = replies[:, 2] * config.visual_tokens
         text = replies[:, 3] + replies[:, 4] + 2  # bytes, <answer> and <eos>: no fewer than tokens
-        bad = {}
-        for i in (visual + text > config.block_size).nonzero()[:, 0].tolist():
+        bad, least = {}, replies[:, 6] + replies[:, 4] + 2
+        for i in (visual + least > config.block_size).nonzero()[:, 0].tolist():
             try:
                 self[i]
             except ValueError as e:
@@ -385,9 +387,9 @@ class Batches(Sampler):
         order = rng.permutation(len(self.groups))
         order = order[np.argsort(self.groups[order], kind="stable")]
         first = np.searchsorted(self.groups[order], self.groups[order])  # of its group
-        cuts = np.flatnonzero((np.arange(len(order)) - first) % self.share == 0)
-        parts = np.split(order, cuts[1:])
-        return np.concatenate([parts[i] for i in rng.permutation(len(parts))])
+        part = np.cumsum((np.arange(len(order)) - first) % self.share == 0) - 1
+        place = np.argsort(rng.permutation(part[-1] + 1))  # of each part
+        return order[np.argsort(place[part], kind="stable")]
 
     def __iter__(self) -> Iterator[list[int]]:
         number = batches = None

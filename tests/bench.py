@@ -24,6 +24,7 @@ import torch
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from data.llava import Records  # noqa: E402
 from helpers import ROOT, kill_and_resume, make_tiny  # noqa: E402
 from nanoaki import ANSWER, IMAGE, MASKS, PRESETS, PROMPT, NanoAKI  # noqa: E402
 from train import (Muon, Settings, autocast, choose_device, keep_freed_memory,  # noqa: E402
@@ -158,13 +159,17 @@ def bench_records(records: int) -> None:
     with TemporaryDirectory() as folder:
         folder = Path(folder)
         synthesise(folder, records)
-        print(f"{records:,} records, {(folder / 'train.json').stat().st_size / 1e9:.2f} GB")
+        began = time.perf_counter()
+        Records.read(folder, "train.json")
+        print(f"{records:,} records, {(folder / 'train.json').stat().st_size / 1e9:.2f} GB: read and "
+              f"checked in {time.perf_counter() - began:.0f} s", flush=True)
         for method in ("fork", "spawn", "forkserver"):
             out, began, peak, steps = folder / method, time.perf_counter(), 0, 0
+            log = folder / f"{method}.log"  # not a pipe: a full one would stop the run
             run = subprocess.Popen(
                 [sys.executable, "-c", code, method, "--data", str(folder), "--out", str(out), "--workers", "4",
                  "--block-size", "1024", "--batch-size", "8", "--eval-every", "10", "--eval-sample", "8"],
-                cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+                cwd=ROOT, stdout=subprocess.DEVNULL, stderr=open(log, "w"))
             started = None
             while run.poll() is None and steps < 1:
                 time.sleep(0.5)
@@ -174,10 +179,10 @@ def bench_records(records: int) -> None:
                     started = time.perf_counter() - began
                 steps = (out / "metrics.jsonl").exists() and (out / "metrics.jsonl").read_text().count("step")
             if run.poll() is not None:
-                sys.exit(run.stderr.read())
+                sys.exit(log.read_text())
             held, processes = memory(run.pid)
             run.send_signal(signal.SIGTERM)
-            run.communicate()
+            run.wait()
             print(f"{method:<12}{started:>6.0f} s to the first step; after ten: {held / 2**30:.2f} GiB in "
                   f"{processes} processes (at most, while reading: {peak / 2**30:.2f})", flush=True)
 
