@@ -72,17 +72,22 @@ def test_bad_records_are_counted_and_shown_or_skipped_and_counted(tiny, tmp_path
     assert all(line["skipped"] == 13 for line in metrics(tmp_path / "out"))
 
 
-def test_a_held_out_picture_that_breaks_before_an_evaluation_costs_no_more_than_a_step(tmp_path, capsys, monkeypatch):
-    data = make_tiny(tmp_path / "data", n=20)
+def break_pictures(monkeypatch, folder, split):
+    """Cut the files of a split's pictures, anywhere below folder, at step 2 of stage 2."""
     real = train.Run.update
 
-    def break_pictures(self, stage, parts):
+    def update(self, stage, parts):
         if self.stage == 1 and self.step == 2:
-            for path in (data / "images").glob("val*"):
+            for path in folder.glob(f"*/images/{split}*"):
                 path.write_bytes(path.read_bytes()[:40])
         return real(self, stage, parts)
 
-    monkeypatch.setattr(train.Run, "update", break_pictures)
+    monkeypatch.setattr(train.Run, "update", update)
+
+
+def test_a_held_out_picture_that_breaks_before_an_evaluation_costs_no_more_than_a_step(tmp_path, capsys, monkeypatch):
+    data = make_tiny(tmp_path / "data", n=20)
+    break_pictures(monkeypatch, tmp_path, "val")
     with pytest.raises(SystemExit) as e:
         train.main(["--data", str(data), "--out", str(tmp_path / "out"), *TINY, *SHORT])
     assert e.value.code == 2 and "images/val" in capsys.readouterr().err.splitlines()[-1]
@@ -114,15 +119,7 @@ def test_a_folder_that_cannot_be_written_is_one_line(tiny, tmp_path, capsys):
 
 def test_a_picture_that_breaks_in_training_is_one_line_after_a_checkpoint(tiny, tmp_path, capsys, monkeypatch):
     data = make_tiny(tmp_path / "data", n=20)
-    real = train.Run.update
-
-    def break_pictures(self, stage, parts):
-        if self.stage == 1 and self.step == 2:
-            for path in (data / "images").glob("train*"):
-                path.write_bytes(path.read_bytes()[:40])
-        return real(self, stage, parts)
-
-    monkeypatch.setattr(train.Run, "update", break_pictures)
+    break_pictures(monkeypatch, tmp_path, "train")
     for workers in ("0", "1"):
         out = tmp_path / f"out{workers}"
         with pytest.raises(SystemExit) as e:
