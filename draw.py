@@ -467,7 +467,8 @@ def main(argv: list[str] | None = None) -> None:
         if any(not question.strip() for question in args.ask):
             raise ValueError("--ask: a question is empty")
         if args.model is not None:
-            useless = args.answer or args.visual_tokens is not None or len(masks) > 1 and args.masks
+            several = args.masks is not None and len(masks) > 1
+            useless = args.answer or args.visual_tokens is not None or several
             if not args.image or useless or len(args.ask) > 2 or args.out == "-":
                 raise ValueError("--model needs --image, one or two questions to --ask, at most "
                                  "one of --masks, a file as --out; no --answer, --visual-tokens")

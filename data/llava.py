@@ -122,7 +122,7 @@ class Records:
         pictures, group = [], -1  # of records in a row with the same pictures
         for number, record in numbered:
             group += not pictures or pictures != pictures_of(record)
-            turns, pictures, before = record["conversations"], pictures_of(record), 0
+            turns, pictures, before, asked = record["conversations"], pictures_of(record), 0, 0
             system = len(turns[0]["value"].encode()) + 2 if turns[0]["from"] == "system" else 0
             placed = any("<image>" in t["value"] for t in turns if t["from"] == "human")
             shown = 0 if placed else len(pictures)
