@@ -117,9 +117,9 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def parse(argv: list[str] | None) -> tuple[dict, bool]:
-    """The flags that were given, by the name of their field, and whether to resume."""
-    parser = Parser(description=__doc__.strip().splitlines()[0])
+def make_parser(about: str) -> Parser:
+    """A parser of a flag for every setting, and of --resume, for a script with that docstring."""
+    parser = Parser(description=about.strip().splitlines()[0])
     for title, cls in (("training", Settings), ("model; defaults of preset nano", Config)):
         group = parser.add_argument_group(title)
         for f in fields(cls):
@@ -127,8 +127,7 @@ def parse(argv: list[str] | None) -> tuple[dict, bool]:
             group.add_argument(flag(f.name), **how, default=argparse.SUPPRESS,
                                help=f"{f.metadata['help']} (default {f.default!r})")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
-    given = vars(parser.parse_args(argv))
-    return given, given.pop("resume")
+    return parser
 
 
 def pick(cls, given: dict) -> dict:
@@ -764,7 +763,8 @@ def settle(given: dict, resume: bool) -> tuple[Settings, Config, dict | None]:
 
 def main(argv: list[str] | None = None) -> None:
     start = time.perf_counter()
-    given, resume = parse(argv)
+    given = vars(make_parser(__doc__).parse_args(argv))
+    resume = given.pop("resume")
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():  # set by torchrun
         gpu = torch.cuda.is_available() and given.get("device", "auto") in ("auto", "cuda")
         dist.init_process_group("nccl" if gpu else "gloo")

@@ -409,7 +409,7 @@ def loader(examples: Examples, *how, workers: int = 1, **more) -> DataLoader:
     """The batches of Batches(examples, *how, **more), read and decoded by worker processes."""
     batches = Batches(examples, *how, **more)
     return DataLoader(examples, batch_sampler=batches, num_workers=workers, collate_fn=_whole,
-                      pin_memory=torch.cuda.is_available(), worker_init_fn=_apart,
+                      pin_memory=torch.cuda.is_available(), worker_init_fn=leave_group,
                       prefetch_factor=4 if workers else None)
 
 
@@ -417,7 +417,7 @@ def _whole(batch: Batch) -> Batch:
     return batch  # __getitems__ has made it
 
 
-def _apart(worker: int) -> None:
-    """Signals to the group, as Ctrl-C, are for the training process: that ends its workers."""
+def leave_group(worker: int = 0) -> None:
+    """Signals to the group, as Ctrl-C, are for the process that started this one: it ends it."""
     if hasattr(os, "setpgid"):
         os.setpgid(0, 0)

@@ -1,0 +1,268 @@
+"""Comparisons: equal terms, dual order, intervals, and going on with half a comparison."""
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import compare
+from compare import ENTRIES, Job, interval, prompt_first, table, work
+from data.llava import Batch
+from helpers import ROOT, TINY, make_tiny, metrics, same
+from nanoaki import IMAGE, PROMPT, Config, Tokenizer, build_sequence, pad_batch
+from train import Run, Settings
+
+FLAGS = [*TINY, "--align-steps", "10", "--steps", "16", "--eval-every", "8", "--save-every", "0", "--lr", "0.01"]
+
+
+class Silent:
+    """Somebody to report to."""
+
+    def send(self, said):
+        pass
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return make_tiny(tmp_path_factory.mktemp("data") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def runs(tiny, tmp_path_factory):
+    """Two seeds of some entries, trained in this process: results, first weights and batches of each."""
+    out, seen, found = tmp_path_factory.mktemp("out"), {}, {}
+    settings = Settings(data=str(tiny), out=str(out), device="cpu", workers=0, batch_size=32, align_steps=10,
+                        steps=16, eval_every=8, save_every=0, lr=0.01)
+    config = Config(image_size=16, patch_size=8, n_embd=32, n_head=2, n_layer=2, vit_embd=32, vit_head=2,
+                    vit_layer=1, block_size=64)
+    plain = Run.gradient
+
+    def watched(run, parts, mask):
+        first = {name: p.clone() for name, p in run.model.state_dict().items()}
+        seen.setdefault(run.settings.out, [first, []])[1].append((parts[0], mask))
+        return plain(run, parts, mask)
+
+    patch = pytest.MonkeyPatch()
+    patch.setattr(Run, "gradient", watched)
+    for seed in (0, 1):
+        for entry in ("align", "causal", "mma", "dot"):
+            job = Job(entry, seed, 0.01)
+            (out / job.name).mkdir(parents=True)
+            if entry == "align":
+                work(Silent(), job, settings, config, [], False)
+                continue
+            tests = [entry] + ["mma@eval"] * (entry == "causal")
+            result = work(Silent(), job, settings, config, tests, entry == "causal")
+            found[entry, seed] = result, *seen[str(out / job.name)]
+    patch.undo()
+    return found
+
+
+def alike(a: tuple, b: tuple) -> bool:
+    """Whether two runs began with the same weights and saw the same examples in the same order."""
+    return same(a[1], b[1]) and [batch.ids for batch, _ in a[2]] == [batch.ids for batch, _ in b[2]]
+
+
+def test_all_entries_of_a_seed_begin_with_the_same_weights_and_see_the_same_data_in_the_same_order(runs):
+    for seed in (0, 1):
+        for entry in ("mma", "dot"):
+            assert alike(runs["causal", seed], runs[entry, seed])
+    assert not alike(runs["causal", 0], runs["causal", 1])  # the control: another seed
+    assert not same(runs["causal", 0][1], runs["causal", 1][1])
+    assert {len(found[2]) for found in runs.values()} == {16}
+
+
+def test_entries_are_trained_under_their_masks(runs):
+    for (entry, _), found in runs.items():
+        assert {mask for _, mask in found[2]} == {ENTRIES[entry][0]}
+
+
+def test_results_are_those_of_the_last_weights_under_the_mask_of_the_test(runs, tiny):
+    result = runs["causal", 0][0]
+    assert set(result["tests"]) == {"causal", "mma@eval"} and "val" in result
+    assert result["tests"]["causal"]["questions"]["all"] == 80
+    assert [line["step"] for line in result["curve"]] == [8, 16]
+    assert result["parameters"] == runs["mma", 0][0]["parameters"]
+
+
+# Dual order --------------------------------------------------------------------------------------
+
+
+def image_positions(batch: Batch) -> list[str]:
+    """For each row whether its pictures stand first, or after the text and before <answer>."""
+    found = []
+    for roles in batch.roles.tolist():
+        images = [i for i, role in enumerate(roles) if role == IMAGE]
+        prompt = [i for i, role in enumerate(roles) if role == PROMPT]
+        found.append("first" if images[0] == 0 else
+                     "after" if images == list(range(prompt[-2] + 1, prompt[-1])) else "elsewhere")
+    return found
+
+
+def test_dot_puts_the_prompt_first_in_every_other_batch_and_changes_nothing_else(runs):
+    for n, ((batch, _), (plain, _)) in enumerate(zip(runs["dot", 0][2], runs["causal", 0][2], strict=True)):
+        assert set(image_positions(plain)) == {"first"}  # the control
+        assert set(image_positions(batch)) == {"after" if n % 2 else "first"}
+        assert torch.equal(batch.tokens.sort().values, plain.tokens.sort().values)
+        assert torch.equal(batch.images, plain.images)
+
+
+def test_prompt_first_is_what_the_sequence_builder_makes_of_pictures_written_after_the_text():
+    tokenizer, config, rng = Tokenizer([]), Config(image_size=16, patch_size=8, block_size=400), random.Random(0)
+    chats, number = ([], []), []  # pictures before the text of each turn, and after it
+    for _ in range(40):
+        turns, some = ([("system", "be brief")], [("system", "be brief")]), 0
+        for _ in range(rng.randint(1, 3)):
+            text, images = "word" * rng.randint(1, 5), "<image>" * rng.randint(0, 2)
+            turns[0].extend([("human", images + text), ("gpt", "yes")])
+            turns[1].extend([("human", text + images), ("gpt", "yes")])
+            some += len(images) // 7
+        for side, talk in zip(chats, turns, strict=True):
+            side.append(build_sequence(tokenizer, config, talk[:-1], some, "a" * len(talk)))
+    before, after = (pad_batch(side) for side in chats)
+    got = prompt_first(Batch(None, torch.tensor([]), *before, []))
+    assert not torch.equal(before[0], after[0])  # the control
+    assert all(map(torch.equal, (got.tokens, got.roles, got.targets), after))
+
+
+# Figures -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n, t", [(2, 12.7062), (3, 4.3027), (4, 3.1824), (5, 2.7764), (11, 2.2281), (31, 2.0423)])
+def test_intervals_are_students_as_in_the_printed_tables(n, t):
+    values = [float(i) for i in range(n)]
+    mean, half = interval(values)
+    deviation = (n * (n + 1) / 12) ** 0.5  # of 0 to n - 1
+    assert mean == (n - 1) / 2
+    assert half == pytest.approx(t * deviation / n ** 0.5, rel=1e-4)
+    assert half != pytest.approx(1.96 * deviation / n ** 0.5, rel=1e-2)  # the control: a normal's
+
+
+def test_f1_and_yes_rate():
+    said = [(True, True)] * 3 + [(True, False)] + [(False, True)] * 2 + [(False, False)] * 4
+    assert compare.yes_no(said) == {"f1": pytest.approx(2 * 3 / (2 * 3 + 2 + 1)), "yes": 0.5}
+    assert compare.yes_no([(False, False)]) == {"f1": 0.0, "yes": 0.0}
+
+
+def made_up(**changes) -> dict:
+    """Results of two entries with three seeds: mma is better by 10, 11 and 12 points."""
+    results = {"given": {"lr": 0.01}, "settings": {"lr": 0.01, "steps": 20, "out": "out", "eval_sample": 9},
+               "lr": 0.01, "seconds": 90.0, "machine": "a machine", "entries": ["causal", "mma"],
+               "seeds": [0, 1, 2], "runs": {}}
+    for seed in range(3):
+        for entry, more in (("causal", 0.0), ("mma", 0.1 + 0.01 * seed)):
+            value = 0.2 + 0.3 * seed + more  # seeds differ far more than entries do
+            test = {"accuracy": {"all": value, "hop": value, "mine": 1.0}, "blind": {"all": 0.1}, "f1": 0.5,
+                    "yes": 0.4, "questions": {"all": 20, "hop": 10, "mine": 10}}
+            curve = [{"step": step, "accuracy": test["accuracy"], "samples_per_second": 100.0 if more else 110.0,
+                      "train_loss": 0.5} for step in (10, 20)]
+            results["runs"][Job(entry, seed, 0.01).name] = {"tests": {entry: test}, "curve": curve, "parameters": 7}
+    for name, change in changes.items():
+        results["runs"][name] |= change
+    return results
+
+
+def test_differences_to_causal_are_taken_seed_by_seed():
+    head, _, causal, mma = ([part.strip() for part in line.split("|")[1:-1]]
+                            for line in table(made_up()).splitlines())
+    row, base = dict(zip(head, mma, strict=True)), dict(zip(head, causal, strict=True))
+    assert row["over causal"] == "+11.0 ± 2.5" and base["over causal"] == "-"
+    assert row["**all**"] == "61.0 ± 77.0"  # the control: unpaired, nothing can be said
+    assert row["time of a step"] == "1.10" and row["parameters"] == "7" and row["mine"] == "100.0"
+    assert "two steps (hop)" in row
+
+
+def test_runs_of_different_size_are_not_compared():
+    with pytest.raises(ValueError, match="number of parameters"):
+        table(made_up(**{"seed1/mma-0.01": {"parameters": 8}}))
+
+
+def test_curves_show_every_entry_and_where_it_ends():
+    results = made_up()
+    pixels = [{color for _, color in compare.draw_curves(some).getcolors(1 << 20)}
+              for some in (results, results | {"entries": ["causal"]})]
+    assert compare.COLORS["mma"] in pixels[0] and compare.COLORS["causal"] in pixels[0]
+    assert compare.COLORS["mma"] not in pixels[1]  # the control
+
+
+def test_causal_chooses_the_learning_rate_before_anything_else_is_trained():
+    results = made_up() | {"lr": None, "runs": {}}
+    results["settings"] |= {"align_steps": 5, "init": ""}
+    assert [job.name for job in compare.startable(results)] == [f"seed{n}/align" for n in range(3)]
+    for seed in range(3):
+        results["runs"][f"seed{seed}/align"] = {"tests": {}}
+    tries = compare.startable(results)
+    assert [(job.entry, job.seed) for job in tries] == [("causal", 0)] * 3
+    assert compare.steps_of(results, *compare.all_jobs(results)) == 3 * 5 + (2 + 6) * 20
+    for job, accuracy in zip(tries, (0.5, 0.7, 0.6), strict=True):
+        results["runs"][job.name] = {"tests": {"causal": {}}, "val": accuracy}
+    assert {job.lr for job in compare.startable(results)} == {tries[1].lr}
+    assert len(compare.startable(results)) == 5  # causal with seed 0 is one of the tries
+
+
+# The command -------------------------------------------------------------------------------------
+
+
+def launch(*argv) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, str(ROOT / "compare.py"), *map(str, argv)], text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def test_half_a_comparison_is_gone_on_with_and_ends_as_one_that_was_never_stopped(tiny, tmp_path, runs):
+    out = tmp_path / "out"
+    process = launch("--data", tiny, *FLAGS, "--masks", "causal,mma", "--seeds", "1", "--jobs", "1", "--out", out)
+    done = out / "seed0/causal-0.01/last.pt"
+    while process.poll() is None and not (done.exists() and torch.load(done, weights_only=True)["step"] > 3):
+        time.sleep(0.05)  # until an entry is half trained
+    process.send_signal(signal.SIGINT)
+    said, error = process.communicate(timeout=60)
+    assert process.returncode == 130 and "--resume" in error and "Traceback" not in error, error
+    assert "minutes" in said  # predicted before it began
+    align, half = out / "seed0/align/last.pt", torch.load(done, weights_only=True)
+    assert (half["stage"], list(json.loads((out / "results.json").read_text())["runs"])) == (0, ["seed0/align"])
+    before = align.stat().st_mtime_ns
+    process = launch("--resume", "--out", out, "--masks", "causal,mma,mma@eval", "--jobs", "2")
+    said, error = process.communicate(timeout=100)
+    assert process.returncode == 0, error
+    assert align.stat().st_mtime_ns == before, "what was finished ran again"
+    results = json.loads((out / "results.json").read_text())
+    for entry in ("causal", "mma"):
+        wanted = runs[entry, 0][0]
+        assert results["runs"][f"seed0/{entry}-0.01"]["tests"] == wanted["tests"]
+        assert metrics(out / f"seed0/{entry}-0.01") == [
+            {k: v for k, v in line.items() if k not in ("seconds", "samples_per_second")} for line in wanted["curve"]]
+    assert "| `mma@eval` |" in (out / "results.md").read_text() and (out / "curves.png").exists()
+    assert (out / "results.md").read_text().strip() in said
+
+
+@pytest.mark.parametrize("flags, wanted", [
+    (["--masks", "causal,mmm"], "'mmm' is none of"),
+    (["--seeds", "0"], "--seeds must be at least 1"),
+    (["--jobs", "0"], "--jobs must be at least 1"),
+    (["--mask", "mma"], "--masks"),
+    (["--mask-s", "mma"], "did you mean"),
+    (["--steps", "0"], "steps must be at least 1"),
+    (["--resume"], "no comparison to go on with"),
+    (["--data", "no/such/folder"], "no/such/folder"),
+])
+def test_bad_input_gets_one_line_and_leaves_nothing(flags, wanted, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        compare.main([*flags, "--out", str(tmp_path / "out")])
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and wanted in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_comparison_is_gone_on_with_only_under_its_own_flags(tmp_path, capsys):
+    (tmp_path / "results.json").write_text(json.dumps(made_up() | {"given": {"steps": 20}}))
+    for flags, wanted in ((["--resume", "--steps", "30"], "--steps was 20"), (["--resume", "--lr", "1"], "not given"),
+                          ([], "already holds")):
+        with pytest.raises(SystemExit):
+            compare.main([*flags, "--out", str(tmp_path)])
+        assert wanted in capsys.readouterr().err
