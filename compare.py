@@ -17,7 +17,8 @@ import shlex
 import signal
 import sys
 import time
-from contextlib import redirect_stderr, redirect_stdout
+import traceback
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import asdict, replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -29,11 +30,11 @@ import torch
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from data.llava import Batch, leave_group, loader
+from data.llava import Batch, Examples, leave_group, loader
 from draw import frame, join, legend, text
 from nanoaki import IMAGE, MASKS, Config, Tokenizer, load_file
-from train import (Run, Settings, answer_all, blind_score, choose_device, fail, flag,
-                   keep_freed_memory, make_parser, prepare, score, settle)
+from train import (Run, Settings, answer_all, blind_score, choose_device, fail, flag, good,
+                   in_bfloat16, keep_freed_memory, make_parser, prepare, score, settle)
 
 # An entry: the mask that it is trained with, and the one that it is tested with.
 ENTRIES = {name: (name, name) for name in MASKS}
@@ -49,7 +50,7 @@ GROUPS = {"perception": ["at", "attr"], "existence": ["exist"],  # as the paper'
           "spatial": ["count", "where", "rel"],                  # CV-Bench 2D
           "two steps": ["hop", "max", "sum"]}
 TRIED = (0.5, 1, 2)  # times the default learning rate: causal chooses
-FREE = ("out", "device", "workers", "save_every")  # may change on resume: they change no number
+FREE = ("out", "workers", "save_every")  # may change on resume: they change no number
 
 
 class Job(NamedTuple):
@@ -61,6 +62,69 @@ class Job(NamedTuple):
     def name(self) -> str:
         """Its folder in the comparison's, and its key in results.json."""
         return f"seed{self.seed}/{self.entry}" + f"-{self.lr:g}" * (self.entry != "align")
+
+
+def aligned(seed: int) -> Job:
+    return Job("align", seed, 0.0)
+
+
+# What is to be done: functions of the results so far, which results.json holds --------------------
+
+
+def weights_of(entry: str) -> str:
+    """The entry whose training makes the weights of one."""
+    return "causal" if entry == "mma@eval" else entry
+
+
+def trials(results: dict) -> list[Job]:
+    """The runs in which causal chooses the learning rate; none where it was given."""
+    return [] if results["lr"] else [
+        Job("causal", results["seeds"][0], results["settings"]["lr"] * times) for times in TRIED]
+
+
+def chosen_lr(results: dict, least: int = len(TRIED)) -> float | None:
+    """The learning rate given, or causal's best on val; None before that many trials are over."""
+    scores = {job.lr: results["runs"][job.name]["val"] for job in trials(results)
+              if job.name in results["runs"]}
+    return results["lr"] or (max(scores, key=scores.get) if len(scores) >= least else None)
+
+
+def tested_as(results: dict, job: Job) -> list[str]:
+    """The entries that a job's weights are tested as."""
+    lost = job in trials(results) and chosen_lr(results) not in (None, job.lr)
+    return [] if lost else [entry for entry in dict.fromkeys([job.entry, *results["entries"]])
+                            if weights_of(entry) == job.entry and job.entry != "align"]
+
+
+def finished(results: dict, job: Job) -> bool:
+    run = results["runs"].get(job.name)
+    return run is not None and set(tested_as(results, job)) <= set(run["tests"])
+
+
+def all_jobs(results: dict, lr: float | None = None) -> list[Job]:
+    """Everything to run, in order; at the default learning rate if there is none yet."""
+    lr, jobs = lr or chosen_lr(results) or results["settings"]["lr"], []
+    for seed in results["seeds"]:
+        jobs += [aligned(seed)] + trials(results) * (seed == results["seeds"][0])
+        jobs += [Job(weights_of(entry), seed, lr) for entry in results["entries"]]
+    return list(dict.fromkeys(jobs))
+
+
+def startable(results: dict) -> list[Job]:
+    """The jobs that are not finished and wait for no other.
+
+    While the last trial runs, others begin at the rate that is best so far, lest a core be idle.
+    """
+    lr = chosen_lr(results, len(TRIED) - 1)
+    return [job for job in all_jobs(results, lr) if not finished(results, job)
+            and (job.entry == "align" or finished(results, aligned(job.seed)))
+            and (job.entry == "align" or lr or job in trials(results))]
+
+
+def steps_of(results: dict, *jobs: Job) -> int:
+    s = results["settings"]
+    return sum((0 if s["init"] else s["align_steps"]) if job.entry == "align" else s["steps"]
+               for job in jobs)
 
 
 # One run, in a process of its own ----------------------------------------------------------------
@@ -75,54 +139,58 @@ def prompt_first(batch: Batch) -> Batch:
                              for name in ("tokens", "roles", "targets")})
 
 
-class Entry(Run):
+class Reporting(Run):
     """A run that reports its steps; in dual order, every other batch has its prompt first."""
 
-    def __init__(self, report: Connection, dual: bool, *run):
+    def __init__(self, pipe: Connection, dual: bool, *run):
         super().__init__(*run)
-        self.report, self.dual = report, dual
-        report.send(sum(stage.steps for stage in self.stages[:self.stage]) + self.step)
+        self.pipe, self.dual = pipe, dual
+        pipe.send(sum(stage.steps for stage in self.stages[:self.stage]) + self.step)
 
     def update(self, stage, parts: list[Batch]) -> float:
         if self.dual and self.step % 2:
             parts = [prompt_first(part) for part in parts]
         loss = super().update(stage, parts)
         try:
-            self.report.send(1)
+            self.pipe.send(1)
         except OSError:  # nobody is left to report to
             self.signal = signal.SIGTERM
         return loss
 
 
-def work(report: Connection, job: Job, settings: Settings, config: Config, tests: list[str],
-         validate: bool) -> dict:
-    """Train a run to its end, or go on with it, and test its last weights as some entries."""
-    out, align = Path(settings.out) / job.name, Path(settings.out) / f"seed{job.seed}" / "align"
-    settings = replace(settings, seed=job.seed, out=str(out), lr=job.lr or settings.lr)
-    mask = config.mask
+def work(pipe: Connection, job: Job, results: dict) -> dict:
+    """Train a job's run to its end, or go on with it, and test its last weights."""
+    s, config = Settings(**results["settings"]), Config(**results["config"])
+    out = Path(s.out) / job.name
+    s, mask = replace(s, seed=job.seed, out=str(out), lr=job.lr or s.lr), config.mask
     if job.entry != "align":
-        settings, mask = replace(settings, init=str(align / "last.pt")), ENTRIES[job.entry][0]
+        s = replace(s, init=str(Path(results["settings"]["out"]) / aligned(job.seed).name
+                                / "last.pt"))
+        mask = ENTRIES[job.entry][0]
     state = load_file(out / "last.pt") if (out / "last.pt").exists() else None
-    start = state or (load_file(settings.init) if settings.init else None)
-    own = {"mask": mask, "dropout": config.dropout}
-    config = replace(Config(**start["config"]) if start else config, **own)
-    model, stages, examples, _ = prepare(settings, config, start)
-    device, reason = choose_device(settings.device, settings.dtype)
+    start = state or (load_file(s.init) if s.init else None)
+    config = replace(Config(**start["config"]) if start else config,
+                     mask=mask, dropout=config.dropout)
+    model, stages, examples, split = prepare(s, config, start)
+    device, reason = choose_device(s.device, s.dtype)
     print(reason)
     keep_freed_memory()
     stages = stages[:-1] if job.entry == "align" else stages
-    run = Entry(report, job.entry == "dot", settings, model, stages, device, state)
+    run = Reporting(pipe, job.entry == "dot", s, model, stages, device, state)
     run.train()
-    found = job._asdict() | {"parameters": sum(p.numel() for p in model.parameters()),
-                             "tests": {entry: ask_all(run, examples, ENTRIES[entry][1])
-                                       for entry in tests}}
-    if validate:
+    found = results["runs"].get(job.name, {"tests": {}}) | job._asdict()
+    found |= {"split": split, "parameters": sum(p.numel() for p in model.parameters())}
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    found["curve"] = [json.loads(line) for line in lines]
+    if job in trials(results) and "val" not in found:
         found["val"] = ask_all(run, stages[-1].held_out, mask)["accuracy"]["all"]
-    found["curve"] = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    for entry in tested_as(results, job):
+        if entry not in found["tests"]:
+            found["tests"][entry] = ask_all(run, examples, ENTRIES[entry][1])
     return found
 
 
-def ask_all(run: Run, examples, mask: str) -> dict:
+def ask_all(run: Run, examples: Examples, mask: str) -> dict:
     """A run's last weights on all examples: accuracies, blind, F1 and yes-rate of exist."""
     run.model.eval()
     indices = list(range(len(examples)))
@@ -138,93 +206,46 @@ def yes_no(said: list[tuple[bool, bool]]) -> dict:
     """F1 of "yes" and its share of the answers, as POPE's, of (yes is right, yes was said)."""
     hits = sum(right and yes for right, yes in said)
     rights, yeses = sum(right for right, _ in said), sum(yes for _, yes in said)
-    return {"f1": 2 * hits / max(1, rights + yeses), "yes": yeses / len(said)} if said else {}
+    return {"f1": 2 * hits / (rights + yeses), "yes": yeses / len(said)} if rights else {}
 
 
-def child(report: Connection, threads: int, job: Job, settings: Settings, *rest) -> None:
-    """work in a process of its own, its output in log.txt; reports results, or what went wrong."""
+def child(pipe: Connection, job: Job, results: dict) -> None:
+    """work in a process of its own, its output in log.txt; sends results, or what went wrong."""
     leave_group()  # Ctrl-C is for the parent, which ends this process
-    torch.set_num_threads(threads)
-    folder = Path(settings.out) / job.name
+    torch.set_num_threads(results["threads"])
+    folder = Path(results["settings"]["out"]) / job.name
     folder.mkdir(parents=True, exist_ok=True)
-    with (open(folder / "log.txt", "a", buffering=1) as log,
+    with (open(folder / "log.txt", "a", buffering=1, encoding="utf-8") as log,
           redirect_stdout(log), redirect_stderr(log)):
         try:
-            report.send(work(report, job, settings, *rest))
-        except (ValueError, OSError, FloatingPointError) as e:
-            report.send(f"{job.name}: {e}")
+            said = work(pipe, job, results)
+        except Exception as e:
+            traceback.print_exc()
+            said = f"{job.name}: {str(e) or type(e).__name__}"
+            if isinstance(e, FloatingPointError) and job in trials(results):
+                said = job._asdict() | {"tests": {}, "val": 0.0}  # this learning rate has lost
+        with suppress(OSError):  # nobody may be left to report to
+            pipe.send(said)
 
 
 # All runs ----------------------------------------------------------------------------------------
 
 
-def tests(results: dict, entry: str) -> list[str]:
-    """The entries that the weights of one are tested as."""
-    also = ["mma@eval"] * (entry == "causal" and "mma@eval" in results["entries"])
-    return [] if entry == "align" else [entry, *also]
-
-
-def trained(results: dict) -> list[str]:
-    return list(dict.fromkeys("causal" if entry == "mma@eval" else entry
-                              for entry in results["entries"]))
-
-
-def trials(results: dict) -> list[Job]:
-    """The runs in which causal chooses the learning rate; none where it was given."""
-    default = results["settings"]["lr"]
-    return [] if results["lr"] else [Job("causal", results["seeds"][0], default * times)
-                                     for times in TRIED]
-
-
-def chosen_lr(results: dict) -> float | None:
-    """The learning rate given, or the best for causal on val; None as long as that is open."""
-    scores = {job.lr: results["runs"][job.name]["val"] for job in trials(results)
-              if job.name in results["runs"]}
-    if not results["lr"] and len(scores) == len(TRIED):
-        return max(scores, key=scores.get)
-    return results["lr"]
-
-
-def finished(results: dict, job: Job) -> bool:
-    run = results["runs"].get(job.name)
-    return run is not None and set(tests(results, job.entry)) <= set(run["tests"])
-
-
-def all_jobs(results: dict) -> list[Job]:
-    """Everything to run, in order; at learning rate nan as long as causal has not chosen one."""
-    lr, first, jobs = chosen_lr(results) or math.nan, results["seeds"][0], []
-    for seed in results["seeds"]:
-        jobs += [Job("align", seed, 0.0)] + (trials(results) if seed == first else [])
-        jobs += [Job(entry, seed, lr) for entry in trained(results)]
-    return [job for job in dict.fromkeys(jobs)  # one of the trials is a run of causal
-            if not (math.isnan(job.lr) and job[:2] == ("causal", first))]
-
-
-def startable(results: dict) -> list[Job]:
-    """The jobs that are not finished and wait for no other."""
-    return [job for job in all_jobs(results)
-            if not finished(results, job) and not math.isnan(job.lr)
-            and (job.entry == "align" or finished(results, Job("align", job.seed, 0.0)))]
-
-
-def steps_of(results: dict, *jobs: Job) -> int:
-    s = results["settings"]
-    align = 0 if s["init"] else s["align_steps"]
-    return sum(align if job.entry == "align" else s["steps"] for job in jobs)
-
-
-def predict(results: dict) -> float:
+def predict(results: dict, at_once: int) -> float:
     """Seconds that all unfinished jobs will take, by a few steps and answers; checks all data."""
     s, clock, took = Settings(**results["settings"]), time.perf_counter, {"align": 0.0}
+    start = clock()
     model, stages, examples, _ = prepare(s, Config(**results["config"]),
                                          load_file(s.init) if s.init else None)
-    with TemporaryDirectory() as out:
+    beginning = (clock() - start) / at_once
+    with TemporaryDirectory(ignore_cleanup_errors=True) as out:
         run = Run(replace(s, out=out, compile=False), model, stages,
                   choose_device(s.device, s.dtype)[0])
         for run.stage, stage in enumerate(stages):
             run.make_optimizers()
-            parts = list(loader(stage.examples, s.batch_size, [s.seed], 1, 0, s.share,
-                                range(s.grad_accum), s.grad_accum, workers=0))
+            parts = [good(part) for part in loader(
+                stage.examples, s.batch_size, [s.seed], 1, 0, s.share, range(s.grad_accum),
+                s.grad_accum, workers=0)]
             run.update(stage, parts)  # the first is slower
             start = clock()
             for _ in range(3):
@@ -236,11 +257,11 @@ def predict(results: dict) -> float:
         answer, seconds = (clock() - start) / len(some), 0.0
     for job in all_jobs(results):
         if not finished(results, job):
-            instruct = job.entry != "align"
-            questions = len(examples) * len(tests(results, job.entry))
-            questions += s.steps // s.eval_every * s.eval_sample * instruct
-            seconds += steps_of(results, job) * took["instruct" if instruct else "align"]
-            seconds += 2 * questions * answer  # their own pictures, then blind
+            stage = "align" if job.entry == "align" else "instruct"
+            asked = len(examples) * (len(tested_as(results, job)) + (job in trials(results)))
+            asked += s.eval_sample * (s.steps // s.eval_every) * (stage == "instruct")
+            seconds += beginning + steps_of(results, job) * took[stage]
+            seconds += 2 * asked * answer  # their own pictures, then blind
     return seconds
 
 
@@ -248,17 +269,18 @@ def save(results: dict) -> None:
     """Write results.json, whole or not at all."""
     path = Path(results["settings"]["out"]) / "results.json"
     part = path.with_suffix(".part")
-    part.write_text(json.dumps(results, indent=1))
+    with open(part, "w") as f:
+        json.dump(results, f, indent=1)
+        f.flush()
+        os.fsync(f.fileno())
     os.replace(part, path)
 
 
-def launch(results: dict, job: Job, threads: int) -> tuple[Connection, multiprocessing.Process]:
+def launch(job: Job, results: dict) -> tuple[Connection, multiprocessing.Process]:
     """Start a job in a process of its own, and where to hear from it."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=child, args=(
-        theirs, threads, job, Settings(**results["settings"]), Config(**results["config"]),
-        tests(results, job.entry), job in trials(results)))
+    process = context.Process(target=child, args=(theirs, job, results))
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: Ctrl-C is not for it
     process.start()
     signal.signal(signal.SIGINT, handler)
@@ -266,9 +288,9 @@ def launch(results: dict, job: Job, threads: int) -> tuple[Connection, multiproc
     return ours, process
 
 
-def train_all(results: dict, at_once: int, threads: int) -> None:
+def train_all(results: dict, at_once: int) -> None:
     """Run what is left, some jobs at once; raises ValueError where one fails."""
-    before, running, jobs = results["seconds"] - time.time(), {}, all_jobs(results)
+    began, running, jobs = time.time() - results["seconds"], {}, all_jobs(results)
     bar = tqdm(total=steps_of(results, *jobs), unit="step", dynamic_ncols=True,
                initial=steps_of(results, *(job for job in jobs if finished(results, job))),
                mininterval=0.2 if sys.stderr.isatty() else 60)
@@ -276,29 +298,30 @@ def train_all(results: dict, at_once: int, threads: int) -> None:
         while True:
             for job in startable(results):
                 if len(running) < at_once and job not in [job for job, _, _ in running.values()]:
-                    report, process = launch(results, job, threads)
-                    running[report] = job, process, steps_of(results, job)
-            bar.set_postfix_str(", ".join(job.name for job, _, _ in running.values()))
+                    pipe, process = launch(job, results)
+                    running[pipe] = job, process, steps_of(results, job)
+            bar.set_postfix_str(", ".join(job.name for job, _, _ in running.values()), False)
             if not running:
                 return
-            for report in wait(list(running)):
-                job, process, left = running[report]
+            for pipe in wait(list(running)):
+                job, process, left = running[pipe]
                 try:
-                    said = report.recv()
-                except EOFError:
+                    said = pipe.recv()
+                except (EOFError, OSError):
                     process.join()
-                    said = f"{job.name} ended with exit code {process.exitcode}"
+                    said = f"{job.name}: ended with exit code {process.exitcode}"
                 if isinstance(said, str):
-                    raise ValueError(f"{said} (see {results['settings']['out']}/{job.name}/log.txt)")
+                    log = f"{results['settings']['out']}/{job.name}/log.txt"
+                    raise ValueError(f"{said} (all that it said: {log})")
                 if isinstance(said, int):  # steps
-                    running[report] = job, process, left - said
+                    running[pipe] = job, process, left - said
                     bar.update(said)
                     continue
-                bar.update(left)  # of a stage that has no data there were none
+                bar.update(left)  # a stage without data has none
                 process.join()
-                del running[report]
+                del running[pipe]
                 results["runs"][job.name] = said
-                results["seconds"] = before + time.time()
+                results["seconds"] = time.time() - began
                 save(results)
     finally:  # each saves what it has
         bar.close()
@@ -306,6 +329,8 @@ def train_all(results: dict, at_once: int, threads: int) -> None:
             process.terminate()
         for _, process, _ in running.values():
             process.join()
+        results["seconds"] = time.time() - began
+        save(results)
 
 
 # What came out -----------------------------------------------------------------------------------
@@ -324,37 +349,48 @@ def interval(values: list[float]) -> tuple[float, float]:
     return float(np.mean(values)), float(t * np.std(values, ddof=1) / math.sqrt(n))
 
 
-def grouped(results: dict) -> dict[str, list[str]]:
-    """The columns of tasks: title -> the tasks of the data in it."""
-    tasks = {task for run in results["runs"].values() for test in run["tests"].values()
-             for task in test["questions"]} - {"all"}
-    named = {title: [task for task in some if task in tasks] for title, some in GROUPS.items()}
-    rest = sorted(tasks - {task for some in GROUPS.values() for task in some})
-    return {title: some for title, some in (named | {t: [t] for t in rest}).items() if some}
-
-
 def runs_of(results: dict, entry: str) -> list[dict]:
     """The runs of an entry, a seed each."""
-    name = "causal" if entry == "mma@eval" else entry
-    return [results["runs"][Job(name, seed, chosen_lr(results)).name] for seed in results["seeds"]]
+    return [results["runs"][Job(weights_of(entry), seed, chosen_lr(results)).name]
+            for seed in results["seeds"]]
 
 
-def share(accuracy: dict, questions: dict, tasks: list[str]) -> float:
+def grouped(results: dict) -> dict[str, list[str]]:
+    """Columns of tasks: title -> the tasks of the data in it."""
+    tasks = {task for run in results["runs"].values() for test in run["tests"].values()
+             for task in test["questions"]} - {"all"}
+    known = {title: [task for task in some if task in tasks] for title, some in GROUPS.items()}
+    rest = sorted(tasks - {task for some in GROUPS.values() for task in some})
+    known = {f"{title} ({', '.join(some)})": some for title, some in known.items() if some}
+    return known | {task: [task] for task in rest}
+
+
+def accuracy_of(accuracy: dict, questions: dict, tasks: list[str]) -> float:
     """Accuracy in percent over the questions of some tasks; nan where none was asked."""
     tasks = [task for task in tasks if task in accuracy]
     asked = sum(questions[task] for task in tasks)
     return 100 * sum(accuracy[task] * questions[task] for task in tasks) / (asked or math.nan)
 
 
-def seconds_a_step(run: dict) -> float:
-    return float(np.mean([1 / line["samples_per_second"] for line in run["curve"]]))
+def figures(results: dict, entry: str, run: dict) -> dict[str, float]:
+    """Column -> figure, of a run's weights tested as an entry; nan is none."""
+    test, known = run["tests"][entry], grouped(results)
+    found = {title: accuracy_of(test["accuracy"], test["questions"], known[title])
+             for title in known}
+    return found | {
+        "**all**": 100 * test["accuracy"]["all"], "over causal": math.nan,
+        "blind": 100 * test["blind"].get("all", math.nan),
+        "exist: F1": 100 * test.get("f1", math.nan), "exist: yes": 100 * test.get("yes", math.nan),
+        "training loss": run["curve"][-1]["train_loss"], "parameters": run["parameters"],
+        "time": float(np.median([1 / line["samples_per_second"] for line in run["curve"]]))}
 
 
-def cell(values: list[float], digits: int, sign: bool) -> str:
+def cell(values: list[float], title: str) -> str:
     mean, half = interval(values)
-    if math.isnan(mean):
-        return "-"
-    return f"{mean:{'+' if sign else ''},.{digits}f}" + (f" ± {half:.{digits}f}" if half else "")
+    digits = {"training loss": 3, "time": 2, "parameters": 0}.get(title, 1)
+    sign = "+" if title == "over causal" else ""
+    interval_text = f" ± {half:.{digits}f}" if half else ""
+    return "-" if math.isnan(mean) else f"{mean:{sign},.{digits}f}{interval_text}"
 
 
 def table(results: dict) -> str:
@@ -362,36 +398,22 @@ def table(results: dict) -> str:
 
     Raises ValueError if runs differ in their number of parameters: the terms would not be equal.
     """
-    entries, columns = results["entries"], []  # (title, value of a run and test, digits, against)
-    sizes = {run["parameters"] for entry in entries for run in runs_of(results, entry)}
+    rows = {entry: [figures(results, entry, run) for run in runs_of(results, entry)]
+            for entry in results["entries"]}
+    sizes = {own["parameters"] for row in rows.values() for own in row}
     if len(sizes) > 1:
         raise ValueError(f"these runs differ in their number of parameters: {sizes}")
-    for title, tasks in grouped(results).items():
-        name = title if tasks == [title] else f"{title} ({', '.join(tasks)})"
-        columns.append((name, lambda run, test, tasks=tasks:
-                        share(test["accuracy"], test["questions"], tasks), 1, None))
-    columns += [
-        ("**all**", lambda run, test: 100 * test["accuracy"]["all"], 1, None),
-        ("over causal", lambda run, test: 100 * test["accuracy"]["all"], 1, np.subtract),
-        ("blind", lambda run, test: 100 * test["blind"].get("all", math.nan), 1, None),
-        ("exist: F1", lambda run, test: 100 * test.get("f1", math.nan), 1, None),
-        ("exist: yes", lambda run, test: 100 * test.get("yes", math.nan), 1, None),
-        ("training loss", lambda run, test: run["curve"][-1]["train_loss"], 3, None),
-        ("parameters", lambda run, test: run["parameters"], 0, None),
-        ("time of a step", lambda run, test: seconds_a_step(run), 2, np.divide)]
-    rows = {entry: [] for entry in entries}
+    base = [(own["**all**"], own["time"]) for own in rows.get("causal", ())]
     for entry, row in rows.items():
-        for _, value, digits, against in columns:
-            values = [value(run, run["tests"][entry]) for run in runs_of(results, entry)]
-            if against and (entry == "causal" or "causal" not in entries):
-                values = [math.nan]
-            elif against:
-                values = against(values, [value(run, run["tests"]["causal"])
-                                          for run in runs_of(results, "causal")])
-            row.append(cell(values, digits, against is np.subtract))
-    kept = [n for n in range(len(columns)) if any(row[n] != "-" for row in rows.values())]
-    lines = [["entry", *(columns[n][0] for n in kept)], ["---", *["---:"] * len(kept)]]
-    lines += [[f"`{entry}`", *(row[n] for n in kept)] for entry, row in rows.items()]
+        for own, (accuracy, seconds) in zip(row, base or [(math.nan, math.nan)] * len(row)):
+            own["over causal"] = math.nan if entry == "causal" else own["**all**"] - accuracy
+            own["time"] /= seconds
+    cells = {entry: {title: cell([own[title] for own in row], title) for title in row[0]}
+             for entry, row in rows.items()}
+    kept = [title for title in cells[results["entries"][0]]
+            if any(row[title] != "-" for row in cells.values())]
+    lines = [["entry", *kept], ["---", *["---:"] * len(kept)]]
+    lines += [[f"`{entry}`", *(row[title] for title in kept)] for entry, row in cells.items()]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -408,7 +430,7 @@ def panel(title: str, curves: dict[str, dict[int, list[float]]], last: int) -> I
     for value in range(0, 101, 25):
         draw.line([at(0, value), at(last, value)], (225, 225, 225), fine)
     for entry, points in curves.items():
-        color = COLORS[entry]
+        color = COLORS.get(entry, (0, 0, 0))
         band = [at(step, max(v)) for step, v in points.items()]
         band += [at(step, min(v)) for step, v in reversed(points.items())]
         if len(points) > 1:
@@ -428,24 +450,25 @@ def panel(title: str, curves: dict[str, dict[int, list[float]]], last: int) -> I
 
 def draw_curves(results: dict) -> Image.Image:
     """Learning curves on the validation split, a panel for all tasks and one for each group."""
-    entries, panels = trained(results), []
+    entries = list(dict.fromkeys(map(weights_of, results["entries"])))
+    panels, seeds = [], len(results["seeds"])
     for title, tasks in ({"all": ["all"]} | grouped(results)).items():
-        curves = {}
+        curves = {entry: {} for entry in entries}
         for entry in entries:
-            points = curves[entry] = {}
             for run in runs_of(results, entry):
+                questions = next(iter(run["tests"].values()))["questions"]
                 for line in run["curve"]:
-                    value = share(line["accuracy"], run["tests"][entry]["questions"], tasks)
+                    value = accuracy_of(line["accuracy"], questions, tasks)
                     if not math.isnan(value):
-                        points.setdefault(line["step"], []).append(value)
-        name = title if tasks in (["all"], [title]) else f"{title}: {', '.join(tasks)}"
-        panels.append(panel(name, curves, results["settings"]["steps"]))
+                        curves[entry].setdefault(line["step"], []).append(value)
+        panels.append(panel(title, curves, results["settings"]["steps"]))
     rows = [join(panels[n:n + 3], gap=14) for n in range(0, len(panels), 3)]
-    note = (f"accuracy (%) on {results['settings']['eval_sample']} questions of the validation "
-            f"split over steps of stage 2: mean of {len(results['seeds'])} seeds, and from the "
-            f"least to the greatest")
-    return frame(join([legend([(entry, COLORS[entry]) for entry in entries], rows[0].width), *rows,
-                       text(note, "gray")], down=True, gap=10))
+    note = (f"accuracy (%) over steps of stage 2, on at most {results['settings']['eval_sample']} "
+            f"questions of the validation split: "
+            + (f"mean of {seeds} seeds, and from the least to the greatest" if seeds > 1
+               else "one seed"))
+    names = legend([(entry, COLORS.get(entry, (0, 0, 0))) for entry in entries], rows[0].width)
+    return frame(join([names, *rows, text(note, "gray")], down=True, gap=10))
 
 
 def report(results: dict) -> str:
@@ -455,18 +478,28 @@ def report(results: dict) -> str:
     command = shlex.join(["python", "compare.py"] + [
         part for name, value in given.items() if (name, value) != ("out", default_out(given))
         for part in ([flag(name)] if value is True else [flag(name), str(value)])])
-    parts = [f"`{command}`: seeds {seeds[0]} to {seeds[-1]}, {results['seconds'] / 60:.0f} minutes "
-             f"on {results['machine']}. Accuracy in percent on the test split, with the last "
-             f"weights: mean over the seeds ± 95% interval (Student's t), differences seed by seed.",
-             table(results)]
+    split, spread = runs_of(results, results["entries"][0])[0]["split"], ""
+    if len(seeds) > 1:
+        spread = ": means over the seeds ± 95% interval (Student's t), differences seed by seed"
+    parts = [
+        f"`{command}`, seeds {', '.join(map(str, seeds))}: {results['seconds'] / 60:.0f} minutes "
+        f"on {results['machine']}.",
+        f"Accuracy in percent on the {split} split, with the last weights{spread}. Training loss: "
+        f"of the steps since the last evaluation but one. Time: of a training step, causal's "
+        f"being 1.", table(results)]
     if tried:
+        lr = chosen_lr(results)
+        edge = {tried[0].lr: ", the least of them", tried[-1].lr: ", the greatest of them"}
         scores = ", ".join(f"{job.lr:g}: {results['runs'][job.name]['val']:.1%}" for job in tried)
-        parts.append(f"Learning rate of stage 2, for all: {chosen_lr(results):g}, the best for "
-                     f"`causal` on the validation split with seed {seeds[0]} ({scores}).")
+        parts.append(f"Learning rate of stage 2, for all: {lr:g}{edge.get(lr, '')}; it is the best "
+                     f"for `causal` on the validation split, seed {seeds[0]} ({scores}).")
     parts += [f"`{entry}`: {NOTES[entry]}." for entry in results["entries"] if entry in NOTES]
     (out / "results.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     draw_curves(results).save(out / "curves.png")
     return "\n\n".join(parts)
+
+
+# Command line ------------------------------------------------------------------------------------
 
 
 def default_out(given: dict) -> str:
@@ -483,18 +516,22 @@ def settled(given: dict, resume: bool) -> dict:
     if resume:
         try:
             results = json.loads(path.read_text())
-        except (OSError, ValueError) as e:
-            raise ValueError(f"{path}: no comparison to go on with ({e})") from None
+            Settings(**results["settings"]), Config(**results["config"])
+            saved = results["settings"] | results["config"] | {"lr": results["lr"] or "tried"}
+        except (OSError, ValueError, KeyError, TypeError) as e:
+            raise ValueError(f"{path}: no comparison of this version to go on with ({e})") from None
         for name, value in given.items():
-            before = results["given"].get(name, "not given")
-            if name not in FREE and value != before:
-                raise ValueError(f"--resume: {flag(name)} was {before} when the comparison began, "
-                                 f"not {value}; leave it out, or choose another --out")
+            if name not in FREE and value != saved[name]:
+                raise ValueError(f"--resume: {flag(name)} was {saved[name]} when the comparison "
+                                 f"began, not {value}; leave it out, or choose another --out")
         results["settings"] |= {name: given[name] for name in FREE if name in given}
     else:
         settings, config, _ = settle(given, False)
         if "eval_every" not in given:
             settings.eval_every = max(1, settings.steps // 10)  # points of a curve
+        device = choose_device(settings.device, settings.dtype)[0].type
+        settings.device = device  # on resume as well: what it is changes the last digits
+        settings.dtype = "bfloat16" if in_bfloat16(device, settings.dtype) else "float32"
         results = {"given": given, "settings": asdict(settings), "config": asdict(config),
                    "lr": given.get("lr"), "seconds": 0.0, "runs": {}}
     first = results["settings"]["seed"]
@@ -505,6 +542,7 @@ def settled(given: dict, resume: bool) -> dict:
         results["seeds"] = list(range(first, first + (3 if n is None else n)))
     if not results["seeds"]:
         raise ValueError(f"--seeds must be at least 1, not {n}")
+    Settings(seed=results["seeds"][-1])
     for entry in results["entries"]:
         if entry not in ENTRIES:
             raise ValueError(f"--masks: {entry!r} is none of {', '.join(ENTRIES)}")
@@ -521,32 +559,33 @@ def main(argv: list[str] | None = None) -> None:
                         "4; on a GPU 1)")
     given = vars(parser.parse_args(argv))
     resume, at_once = given.pop("resume"), given.pop("jobs")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         if "WORLD_SIZE" in os.environ:
             raise ValueError("start it without torchrun: it runs processes of its own, --jobs")
         if at_once is not None and at_once < 1:
             raise ValueError(f"--jobs must be at least 1, not {at_once}")
-        results = settled(given, resume)
-        settings = Settings(**results["settings"])
-        device, cores = choose_device(settings.device, settings.dtype)[0], torch.get_num_threads()
-        at_once = at_once or (min(cores, 4) if device.type == "cpu" else 1)
-        threads = max(1, cores // at_once)
-        what = torch.cuda.get_device_name() if device.type == "cuda" else f"{cores} CPU cores"
+        results, cores = settled(given, resume), torch.get_num_threads()
+        on_cpu = results["settings"]["device"] == "cpu"
+        at_once = at_once or (min(cores, 4) if on_cpu else 1)
+        results.setdefault("threads", max(1, cores // at_once))  # kept on resume, as the device
+        what = f"{cores} threads" if on_cpu else results["settings"]["device"]
+        results.setdefault("machine", f"{what}, {at_once} runs at once, torch {torch.__version__}")
         if left := sum(not finished(results, job) for job in all_jobs(results)):
-            minutes = predict(results) / 60
-            print(f"{left} runs, {at_once} at once with {threads} threads each: about "
+            minutes = predict(results, at_once) / 60
+            if not on_cpu and torch.cuda.is_available():
+                torch.cuda.empty_cache()  # for the runs
+            print(f"{left} runs, {at_once} at once with {results['threads']} threads each: about "
                   f"{minutes:.0f} minutes", flush=True)
-            Path(settings.out).mkdir(parents=True, exist_ok=True)
-            save(results)
-            signal.signal(signal.SIGTERM, signal.default_int_handler)
-            results["machine"] = f"{what}, {at_once} runs at once, torch {torch.__version__}"
-            train_all(results, at_once, threads)
+            Path(results["settings"]["out"]).mkdir(parents=True, exist_ok=True)
+            train_all(results, at_once)
         print(report(results))
     except KeyboardInterrupt:
-        print(f"stopped; what was trained is kept, and this goes on:\n  python compare.py --out "
-              f"{shlex.quote(given['out'])} --resume", file=sys.stderr)
+        whole = (Path(given["out"]) / "results.json").exists()
+        print("stopped" + whole * f"; what was trained is kept, and this goes on:\n  python "
+              f"compare.py --out {shlex.quote(given['out'])} --resume", file=sys.stderr)
         raise SystemExit(130)
-    except (ValueError, OSError) as e:
+    except (ValueError, OSError, FloatingPointError) as e:
         fail(e)
 
 

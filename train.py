@@ -673,7 +673,7 @@ def read_data(settings: Settings) -> tuple[Path, dict[str, Records]]:
              if n == "train" or (folder / f"{n}.json").exists()]
     records = {n: Records.read(folder, f"{n}.json", settings.skip_bad) for n in names}
     if "val" not in records:
-        records["train"], records["val"] = records["train"].split(0.05, settings.seed)
+        records["train"], records["val"] = records["train"].split(0.05, 0)
         print(f"no val.json: {len(records['val']):,} records are held out, by picture")
     return folder, records
 

@@ -6,6 +6,7 @@ What is measured rather than tested: speed of a training step, memory of a large
     python tests/bench.py --preset small --device cuda
     python tests/bench.py --records 665000              # Linux: 1 GB of records, as LLaVA-1.5 has
     python tests/bench.py --kills 200                   # train.py is killed and resumed
+    python tests/bench.py --reads out/shapes/model.pt   # which words of a question its visual tokens read
 """
 import argparse
 import json
@@ -25,10 +26,12 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from data.llava import Records  # noqa: E402
+from data.shapes import PLACES  # noqa: E402
+from draw import attention_maps  # noqa: E402
 from helpers import ROOT, kill_and_resume, make_tiny  # noqa: E402
 from nanoaki import ANSWER, IMAGE, MASKS, PRESETS, PROMPT, NanoAKI  # noqa: E402
 from train import (Muon, Settings, autocast, choose_device, keep_freed_memory,  # noqa: E402
-                   make_optimizers)
+                   make_optimizers, read_data)
 
 
 def synchronize(device: torch.device) -> None:
@@ -193,6 +196,34 @@ def bench_kills(kills: int) -> None:
     print(f"{kills} kills: every run ended with the tensors and metrics of one that was never killed")
 
 
+def bench_reads(path: str, questions: int = 150) -> None:
+    """Attention of visual tokens to the words of `rel` questions: on the object named, and elsewhere."""
+    model, found = NanoAKI.load(path), {}
+    folder, _ = read_data(Settings())
+    names = {caption["image"]: caption["conversations"][1]["value"]
+             for caption in json.loads((folder / "captions.json").read_text())}
+    records = [r for r in json.loads((folder / "train.json").read_text()) if r["task"] == "rel"][:questions]
+    side = round(model.config.visual_tokens ** 0.5)
+    for record in records:
+        question, caption = record["conversations"][0]["value"][len("<image>\n"):], names[record["image"]]
+        direction, color, shape = re.match(r"what is (\w+).* (\w+) (\w+)\?", question).groups()
+        place = next(p for p in PLACES if f"{p} {color} {shape}" in caption.split(", "))
+        on = torch.zeros(3, 3, dtype=torch.bool)
+        on.view(-1)[PLACES.index(place)] = True
+        on = on.repeat_interleave(side // 3, 0).repeat_interleave(side // 3, 1).flatten()
+        maps = attention_maps(model, [Image.open(folder / record["image"])], question)
+        kinds = {direction: "direction", color: "color", shape: "shape"}
+        for i, word in enumerate(maps.words):
+            weights = maps.reads[:, :, i].mean(1)  # (layers, visual tokens)
+            found.setdefault(kinds.get(word.strip("?"), word), []).append(
+                torch.stack([weights.mean(-1), weights[:, on].mean(-1), weights[:, ~on].mean(-1)]))
+    print(f"{len(records)} questions as 'what is left of the red circle?': share of a visual token's attention, by "
+          f"layer\n{'word':<12}{'all tokens':<28}{'on the object named':<28}elsewhere")
+    for word, values in found.items():
+        print(f"{word:<12}" + "".join("".join(f"{share:>6.1%}" for share in row).ljust(28)
+                                      for row in torch.stack(values).mean(0).tolist()))
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawTextHelpFormatter)
@@ -203,9 +234,12 @@ if __name__ == "__main__":
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--records", type=int, help="memory with that many records, instead")
     parser.add_argument("--kills", type=int, help="kill that often, instead")
+    parser.add_argument("--reads", metavar="FILE", help="what visual tokens of that model read, instead")
     args = parser.parse_args()
     if args.records:
         bench_records(args.records)
+    elif args.reads:
+        bench_reads(args.reads)
     elif args.kills:
         bench_kills(args.kills)
     else:

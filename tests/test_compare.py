@@ -1,23 +1,26 @@
 """Comparisons: equal terms, dual order, intervals, and going on with half a comparison."""
 import json
+import math
 import os
 import random
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 
 import pytest
 import torch
+from PIL import Image
 
 import compare
-from compare import ENTRIES, Job, interval, prompt_first, table, work
+from compare import Job, interval, prompt_first, table, work
 from data.llava import Batch
-from helpers import ROOT, TINY, make_tiny, metrics, same
-from nanoaki import IMAGE, PROMPT, Config, Tokenizer, build_sequence, pad_batch
+from helpers import ROOT, TINY, make_tiny, same, weights
+from nanoaki import IMAGE, PROMPT, Config, NanoAKI, Tokenizer, build_sequence, pad_batch
 from train import Run, Settings
 
-FLAGS = [*TINY, "--align-steps", "10", "--steps", "16", "--eval-every", "8", "--save-every", "0", "--lr", "0.01"]
+FLAGS = [*TINY, "--align-steps", "10", "--steps", "60", "--eval-every", "20", "--save-every", "0", "--lr", "0.01"]
 
 
 class Silent:
@@ -36,10 +39,11 @@ def tiny(tmp_path_factory):
 def runs(tiny, tmp_path_factory):
     """Two seeds of some entries, trained in this process: results, first weights and batches of each."""
     out, seen, found = tmp_path_factory.mktemp("out"), {}, {}
-    settings = Settings(data=str(tiny), out=str(out), device="cpu", workers=0, batch_size=32, align_steps=10,
-                        steps=16, eval_every=8, save_every=0, lr=0.01)
-    config = Config(image_size=16, patch_size=8, n_embd=32, n_head=2, n_layer=2, vit_embd=32, vit_head=2,
-                    vit_layer=1, block_size=64)
+    results = {"lr": None, "seeds": [0, 1], "entries": ["causal", "mma", "dot", "mma@eval"], "runs": {}, "settings":
+               asdict(Settings(data=str(tiny), out=str(out), device="cpu", workers=0, batch_size=32, align_steps=10,
+                               steps=60, eval_every=20, save_every=0, lr=0.01)),
+               "config": asdict(Config(image_size=16, patch_size=8, n_embd=32, n_head=2, n_layer=2, vit_embd=32,
+                                       vit_head=2, vit_layer=1, block_size=64))}
     plain = Run.gradient
 
     def watched(run, parts, mask):
@@ -53,12 +57,9 @@ def runs(tiny, tmp_path_factory):
         for entry in ("align", "causal", "mma", "dot"):
             job = Job(entry, seed, 0.01)
             (out / job.name).mkdir(parents=True)
-            if entry == "align":
-                work(Silent(), job, settings, config, [], False)
-                continue
-            tests = [entry] + ["mma@eval"] * (entry == "causal")
-            result = work(Silent(), job, settings, config, tests, entry == "causal")
-            found[entry, seed] = result, *seen[str(out / job.name)]
+            result = work(Silent(), job, results)
+            if entry != "align":
+                found[entry, seed] = result, *seen[str(out / job.name)], out / job.name / "last.pt"
     patch.undo()
     return found
 
@@ -74,20 +75,37 @@ def test_all_entries_of_a_seed_begin_with_the_same_weights_and_see_the_same_data
             assert alike(runs["causal", seed], runs[entry, seed])
     assert not alike(runs["causal", 0], runs["causal", 1])  # the control: another seed
     assert not same(runs["causal", 0][1], runs["causal", 1][1])
-    assert {len(found[2]) for found in runs.values()} == {16}
+    assert {len(found[2]) for found in runs.values()} == {60}
+
+
+def test_stage_2_begins_with_the_weights_of_stage_1(runs):
+    for (_, seed), found in runs.items():
+        assert same(found[1], weights(found[3].parent.parent / "align/last.pt"))
+        assert not same(found[1], weights(found[3]))  # the control
 
 
 def test_entries_are_trained_under_their_masks(runs):
+    masks = {"causal": "causal", "mma": "mma", "dot": "causal"}
     for (entry, _), found in runs.items():
-        assert {mask for _, mask in found[2]} == {ENTRIES[entry][0]}
+        assert {mask for _, mask in found[2]} == {masks[entry]}
 
 
 def test_results_are_those_of_the_last_weights_under_the_mask_of_the_test(runs, tiny):
-    result = runs["causal", 0][0]
-    assert set(result["tests"]) == {"causal", "mma@eval"} and "val" in result
-    assert result["tests"]["causal"]["questions"]["all"] == 80
-    assert [line["step"] for line in result["curve"]] == [8, 16]
-    assert result["parameters"] == runs["mma", 0][0]["parameters"]
+    result, *_, last = runs["causal", 0]
+    assert list(result["tests"]) == ["causal", "mma@eval"] and "val" in result
+    assert [line["step"] for line in result["curve"]] == [20, 40, 60]
+    model = NanoAKI.load(last)
+    records = json.loads((tiny / "test.json").read_text())
+    pictures = [Image.open(tiny / record["image"]) for record in records]
+    questions = [record["conversations"][0]["value"].replace("<image>\n", "") for record in records]
+    right = [record["conversations"][1]["value"] for record in records]
+
+    def accuracy(mask):
+        answers = model.ask(pictures, questions, mask=mask)
+        return sum(map(str.__eq__, answers, right)) / len(right)
+
+    assert result["tests"]["causal"]["accuracy"]["all"] == accuracy("causal")
+    assert result["tests"]["mma@eval"]["accuracy"]["all"] == accuracy("mma") != accuracy("causal")
 
 
 # Dual order --------------------------------------------------------------------------------------
@@ -114,7 +132,7 @@ def test_dot_puts_the_prompt_first_in_every_other_batch_and_changes_nothing_else
 
 def test_prompt_first_is_what_the_sequence_builder_makes_of_pictures_written_after_the_text():
     tokenizer, config, rng = Tokenizer([]), Config(image_size=16, patch_size=8, block_size=400), random.Random(0)
-    chats, number = ([], []), []  # pictures before the text of each turn, and after it
+    chats = [], []  # pictures before the text of each turn, and after it
     for _ in range(40):
         turns, some = ([("system", "be brief")], [("system", "be brief")]), 0
         for _ in range(rng.randint(1, 3)):
@@ -146,7 +164,8 @@ def test_intervals_are_students_as_in_the_printed_tables(n, t):
 def test_f1_and_yes_rate():
     said = [(True, True)] * 3 + [(True, False)] + [(False, True)] * 2 + [(False, False)] * 4
     assert compare.yes_no(said) == {"f1": pytest.approx(2 * 3 / (2 * 3 + 2 + 1)), "yes": 0.5}
-    assert compare.yes_no([(False, False)]) == {"f1": 0.0, "yes": 0.0}
+    assert compare.yes_no([(True, False)]) == {"f1": 0.0, "yes": 0.0}
+    assert compare.yes_no([(False, False)]) == {}  # nothing that could be found
 
 
 def made_up(**changes) -> dict:
@@ -173,7 +192,7 @@ def test_differences_to_causal_are_taken_seed_by_seed():
     row, base = dict(zip(head, mma, strict=True)), dict(zip(head, causal, strict=True))
     assert row["over causal"] == "+11.0 ± 2.5" and base["over causal"] == "-"
     assert row["**all**"] == "61.0 ± 77.0"  # the control: unpaired, nothing can be said
-    assert row["time of a step"] == "1.10" and row["parameters"] == "7" and row["mine"] == "100.0"
+    assert row["time"] == "1.10" and row["parameters"] == "7" and row["mine"] == "100.0"
     assert "two steps (hop)" in row
 
 
@@ -182,12 +201,17 @@ def test_runs_of_different_size_are_not_compared():
         table(made_up(**{"seed1/mma-0.01": {"parameters": 8}}))
 
 
-def test_curves_show_every_entry_and_where_it_ends():
-    results = made_up()
-    pixels = [{color for _, color in compare.draw_curves(some).getcolors(1 << 20)}
-              for some in (results, results | {"entries": ["causal"]})]
-    assert compare.COLORS["mma"] in pixels[0] and compare.COLORS["causal"] in pixels[0]
-    assert compare.COLORS["mma"] not in pixels[1]  # the control
+def test_curves_are_drawn_at_their_values():
+    points = {0: [50.0, 50.0], 100: [50.0, 100.0]}  # the mean is 75 at the end, the band 50 to 100
+    image = compare.panel("title", {"mma": points}, 100)
+    color, end = compare.COLORS["mma"], image.width - 12 - 1
+    column = [image.getpixel((end - 3, y)) for y in range(image.height)]
+    line = [y for y, pixel in enumerate(column) if math.dist(pixel, color) < 60]
+    band = [y for y, (red, _, blue) in enumerate(column) if red > blue + 20]
+    assert line and all(18 + 0.2 * 184 < y < 18 + 0.3 * 184 for y in line)
+    assert min(band) < 18 + 0.1 * 184 and 18 + 0.45 * 184 < max(band) < 18 + 0.55 * 184
+    empty = compare.panel("title", {}, 100)  # the control
+    assert not any(math.dist(empty.getpixel((end - 3, y)), color) < 60 for y in range(empty.height))
 
 
 def test_causal_chooses_the_learning_rate_before_anything_else_is_trained():
@@ -199,10 +223,18 @@ def test_causal_chooses_the_learning_rate_before_anything_else_is_trained():
     tries = compare.startable(results)
     assert [(job.entry, job.seed) for job in tries] == [("causal", 0)] * 3
     assert compare.steps_of(results, *compare.all_jobs(results)) == 3 * 5 + (2 + 6) * 20
-    for job, accuracy in zip(tries, (0.5, 0.7, 0.6), strict=True):
+    for job, accuracy in zip(tries[:2], (0.5, 0.7), strict=True):
         results["runs"][job.name] = {"tests": {"causal": {}}, "val": accuracy}
-    assert {job.lr for job in compare.startable(results)} == {tries[1].lr}
-    assert len(compare.startable(results)) == 5  # causal with seed 0 is one of the tries
+    ready = compare.startable(results)  # the last try, and for an idle core what will probably be needed
+    assert compare.chosen_lr(results) is None and ready[0] == tries[2]
+    assert {job.lr for job in ready[1:]} == {tries[1].lr}
+    for accuracy, best in ((0.6, tries[1]), (0.8, tries[2])):
+        results["runs"][tries[2].name] = {"tests": {"causal": {}}, "val": accuracy}
+        assert compare.chosen_lr(results) == best.lr == compare.startable(results)[0].lr
+        assert len(compare.startable(results)) == 5  # causal with seed 0 is one of the tries
+    results["entries"] = ["causal", "mma@eval"]  # tries that have lost are not tested again
+    assert [job.name for job in compare.startable(results)] == [
+        best.name, *(f"seed{seed}/causal-{best.lr:g}" for seed in (1, 2))]
 
 
 # The command -------------------------------------------------------------------------------------
@@ -210,34 +242,42 @@ def test_causal_chooses_the_learning_rate_before_anything_else_is_trained():
 
 def launch(*argv) -> subprocess.Popen:
     return subprocess.Popen([sys.executable, str(ROOT / "compare.py"), *map(str, argv)], text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"})
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"},
+                            start_new_session=True)
 
 
 def test_half_a_comparison_is_gone_on_with_and_ends_as_one_that_was_never_stopped(tiny, tmp_path, runs):
     out = tmp_path / "out"
-    process = launch("--data", tiny, *FLAGS, "--masks", "causal,mma", "--seeds", "1", "--jobs", "1", "--out", out)
-    done = out / "seed0/causal-0.01/last.pt"
-    while process.poll() is None and not (done.exists() and torch.load(done, weights_only=True)["step"] > 3):
-        time.sleep(0.05)  # until an entry is half trained
-    process.send_signal(signal.SIGINT)
+    process = launch("--data", tiny, *FLAGS, "--masks", "causal", "--seeds", "1", "--jobs", "1", "--out", out)
+    done = out / "seed0/causal-0.01/metrics.jsonl"
+    while process.poll() is None and not (done.exists() and done.read_text()):
+        time.sleep(0.02)  # until an entry is trained by a third
+    os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C in a terminal: all processes get it
     said, error = process.communicate(timeout=60)
     assert process.returncode == 130 and "--resume" in error and "Traceback" not in error, error
     assert "minutes" in said  # predicted before it began
-    align, half = out / "seed0/align/last.pt", torch.load(done, weights_only=True)
-    assert (half["stage"], list(json.loads((out / "results.json").read_text())["runs"])) == (0, ["seed0/align"])
-    before = align.stat().st_mtime_ns
-    process = launch("--resume", "--out", out, "--masks", "causal,mma,mma@eval", "--jobs", "2")
+    assert list(json.loads((out / "results.json").read_text())["runs"]) == ["seed0/align"]
+    assert 0 < torch.load(done.with_name("last.pt"), weights_only=True)["step"] < 60
+    before = (out / "seed0/align/last.pt").stat().st_mtime_ns
+    process = launch("--resume", "--out", out, "--masks", "causal,mma@eval")
     said, error = process.communicate(timeout=100)
     assert process.returncode == 0, error
-    assert align.stat().st_mtime_ns == before, "what was finished ran again"
-    results = json.loads((out / "results.json").read_text())
-    for entry in ("causal", "mma"):
-        wanted = runs[entry, 0][0]
-        assert results["runs"][f"seed0/{entry}-0.01"]["tests"] == wanted["tests"]
-        assert metrics(out / f"seed0/{entry}-0.01") == [
-            {k: v for k, v in line.items() if k not in ("seconds", "samples_per_second")} for line in wanted["curve"]]
-    assert "| `mma@eval` |" in (out / "results.md").read_text() and (out / "curves.png").exists()
-    assert (out / "results.md").read_text().strip() in said
+    assert (out / "seed0/align/last.pt").stat().st_mtime_ns == before, "what was finished ran again"
+    run, wanted = json.loads((out / "results.json").read_text())["runs"]["seed0/causal-0.01"], runs["causal", 0][0]
+    assert run["tests"] == wanted["tests"]
+    assert [line["val_loss"] for line in run["curve"]] == [line["val_loss"] for line in wanted["curve"]]
+    assert "| `mma@eval` |" in said and (out / "results.md").read_text().strip() == said.strip()[-len(
+        (out / "results.md").read_text().strip()):] and (out / "curves.png").exists()
+
+
+def test_a_run_that_fails_ends_the_comparison_with_its_reason_in_one_line(tiny, tmp_path, capsys):
+    (tmp_path / "out/seed0/align").mkdir(parents=True)
+    (tmp_path / "out/seed0/align/last.pt").write_text("not a checkpoint")
+    results = compare.settled({"data": str(tiny), "out": str(tmp_path / "new"), "lr": 0.01, "device": "cpu"}, False)
+    results["settings"]["out"] = str(tmp_path / "out")
+    with pytest.raises(ValueError, match="seed0/align.*not a nanoAKI checkpoint.*log.txt"):
+        compare.train_all(results | {"threads": 1}, 1)
+    assert "Traceback" in (tmp_path / "out/seed0/align/log.txt").read_text()
 
 
 @pytest.mark.parametrize("flags, wanted", [
@@ -247,7 +287,7 @@ def test_half_a_comparison_is_gone_on_with_and_ends_as_one_that_was_never_stoppe
     (["--mask", "mma"], "--masks"),
     (["--mask-s", "mma"], "did you mean"),
     (["--steps", "0"], "steps must be at least 1"),
-    (["--resume"], "no comparison to go on with"),
+    (["--resume"], "to go on with"),
     (["--data", "no/such/folder"], "no/such/folder"),
 ])
 def test_bad_input_gets_one_line_and_leaves_nothing(flags, wanted, tmp_path, capsys, monkeypatch):
@@ -260,8 +300,9 @@ def test_bad_input_gets_one_line_and_leaves_nothing(flags, wanted, tmp_path, cap
 
 
 def test_a_comparison_is_gone_on_with_only_under_its_own_flags(tmp_path, capsys):
-    (tmp_path / "results.json").write_text(json.dumps(made_up() | {"given": {"steps": 20}}))
-    for flags, wanted in ((["--resume", "--steps", "30"], "--steps was 20"), (["--resume", "--lr", "1"], "not given"),
+    new = compare.settled({"out": str(tmp_path), "steps": 20}, False)
+    (tmp_path / "results.json").write_text(json.dumps(new))
+    for flags, wanted in ((["--resume", "--steps", "30"], "--steps was 20"), (["--resume", "--lr", "1"], "was tried"),
                           ([], "already holds")):
         with pytest.raises(SystemExit):
             compare.main([*flags, "--out", str(tmp_path)])
