@@ -83,10 +83,15 @@ def trials(results: dict) -> list[Job]:
 
 
 def chosen_lr(results: dict, least: int = len(TRIED)) -> float | None:
-    """The learning rate given, or causal's best on val; None before that many trials are over."""
-    scores = {job.lr: results["runs"][job.name]["val"] for job in trials(results)
-              if job.name in results["runs"]}
-    return results["lr"] or (max(scores, key=scores.get) if len(scores) >= least else None)
+    """The learning rate given, or causal's best on val; None before that many trials are over.
+
+    Raises ValueError if causal has diverged in all of them.
+    """
+    over = [results["runs"][job.name] for job in trials(results) if job.name in results["runs"]]
+    scores = {run["lr"]: run["val"] for run in over if run["val"] is not None}
+    if len(over) == len(TRIED) and not scores:
+        raise ValueError("causal diverges at every learning rate that was tried: give a lower --lr")
+    return results["lr"] or (max(scores, key=scores.get) if scores and len(over) >= least else None)
 
 
 def tested_as(results: dict, job: Job) -> list[str]:
@@ -223,7 +228,7 @@ def child(pipe: Connection, job: Job, results: dict) -> None:
             traceback.print_exc()
             said = f"{job.name}: {str(e) or type(e).__name__}"
             if isinstance(e, FloatingPointError) and job in trials(results):
-                said = job._asdict() | {"tests": {}, "val": 0.0}  # this learning rate has lost
+                said = job._asdict() | {"tests": {}, "val": None}  # this learning rate has lost
         with suppress(OSError):  # nobody may be left to report to
             pipe.send(said)
 
@@ -291,6 +296,7 @@ def launch(job: Job, results: dict) -> tuple[Connection, multiprocessing.Process
 def train_all(results: dict, at_once: int) -> None:
     """Run what is left, some jobs at once; raises ValueError where one fails."""
     began, running, jobs = time.time() - results["seconds"], {}, all_jobs(results)
+    save(results)
     bar = tqdm(total=steps_of(results, *jobs), unit="step", dynamic_ncols=True,
                initial=steps_of(results, *(job for job in jobs if finished(results, job))),
                mininterval=0.2 if sys.stderr.isatty() else 60)
@@ -490,7 +496,9 @@ def report(results: dict) -> str:
     if tried:
         lr = chosen_lr(results)
         edge = {tried[0].lr: ", the least of them", tried[-1].lr: ", the greatest of them"}
-        scores = ", ".join(f"{job.lr:g}: {results['runs'][job.name]['val']:.1%}" for job in tried)
+        runs = [results["runs"][job.name] for job in tried]
+        scores = ", ".join(f"{run['lr']:g}: " + ("diverged" if run["val"] is None else
+                                                 f"{run['val']:.1%}") for run in runs)
         parts.append(f"Learning rate of stage 2, for all: {lr:g}{edge.get(lr, '')}; it is the best "
                      f"for `causal` on the validation split, seed {seeds[0]} ({scores}).")
     parts += [f"`{entry}`: {NOTES[entry]}." for entry in results["entries"] if entry in NOTES]
@@ -559,7 +567,8 @@ def main(argv: list[str] | None = None) -> None:
                         "4; on a GPU 1)")
     given = vars(parser.parse_args(argv))
     resume, at_once = given.pop("resume"), given.pop("jobs")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGINT, signal.SIGTERM):  # also where a shell's & ignores the former
+        signal.signal(number, signal.default_int_handler)
     try:
         if "WORLD_SIZE" in os.environ:
             raise ValueError("start it without torchrun: it runs processes of its own, --jobs")

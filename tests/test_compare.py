@@ -224,14 +224,16 @@ def test_causal_chooses_the_learning_rate_before_anything_else_is_trained():
     assert [(job.entry, job.seed) for job in tries] == [("causal", 0)] * 3
     assert compare.steps_of(results, *compare.all_jobs(results)) == 3 * 5 + (2 + 6) * 20
     for job, accuracy in zip(tries[:2], (0.5, 0.7), strict=True):
-        results["runs"][job.name] = {"tests": {"causal": {}}, "val": accuracy}
+        results["runs"][job.name] = {"tests": {"causal": {}}, "val": accuracy, "lr": job.lr}
     ready = compare.startable(results)  # the last try, and for an idle core what will probably be needed
     assert compare.chosen_lr(results) is None and ready[0] == tries[2]
     assert {job.lr for job in ready[1:]} == {tries[1].lr}
     for accuracy, best in ((0.6, tries[1]), (0.8, tries[2])):
-        results["runs"][tries[2].name] = {"tests": {"causal": {}}, "val": accuracy}
+        results["runs"][tries[2].name] = {"tests": {"causal": {}}, "val": accuracy, "lr": tries[2].lr}
         assert compare.chosen_lr(results) == best.lr == compare.startable(results)[0].lr
         assert len(compare.startable(results)) == 5  # causal with seed 0 is one of the tries
+    results["runs"][tries[1].name]["val"] = None  # one that diverges has lost
+    assert compare.chosen_lr(results) == tries[2].lr
     results["entries"] = ["causal", "mma@eval"]  # tries that have lost are not tested again
     assert [job.name for job in compare.startable(results)] == [
         best.name, *(f"seed{seed}/causal-{best.lr:g}" for seed in (1, 2))]
