@@ -488,8 +488,8 @@ def report(results: dict) -> str:
     if len(seeds) > 1:
         spread = ": means over the seeds ± 95% interval (Student's t), differences seed by seed"
     parts = [
-        f"`{command}`, seeds {', '.join(map(str, seeds))}: {results['seconds'] / 60:.0f} minutes "
-        f"on {results['machine']}.",
+        f"`{command}`, seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}: "
+        f"{results['seconds'] / 60:.0f} minutes on {results['machine']}.",
         f"Accuracy in percent on the {split} split, with the last weights{spread}. Training loss: "
         f"of the steps since the last evaluation but one. Time: of a training step, causal's "
         f"being 1.", table(results)]
@@ -578,8 +578,9 @@ def main(argv: list[str] | None = None) -> None:
         on_cpu = results["settings"]["device"] == "cpu"
         at_once = at_once or (min(cores, 4) if on_cpu else 1)
         results.setdefault("threads", max(1, cores // at_once))  # kept on resume, as the device
-        what = f"{cores} threads" if on_cpu else results["settings"]["device"]
-        results.setdefault("machine", f"{what}, {at_once} runs at once, torch {torch.__version__}")
+        what = f"{cores} thread{'s' * (cores > 1)}" if on_cpu else results["settings"]["device"]
+        runs = "a run" if at_once == 1 else f"{at_once} runs"
+        results.setdefault("machine", f"{what}, {runs} at once, torch {torch.__version__}")
         if left := sum(not finished(results, job) for job in all_jobs(results)):
             minutes = predict(results, at_once) / 60
             if not on_cpu and torch.cuda.is_available():
