@@ -589,6 +589,7 @@ def main(argv: list[str] | None = None) -> None:
                   f"{minutes:.0f} minutes", flush=True)
             Path(results["settings"]["out"]).mkdir(parents=True, exist_ok=True)
             train_all(results, at_once)
+        save(results)  # also if only other entries or seeds were chosen, of what there is
         print(report(results))
     except KeyboardInterrupt:
         whole = (Path(given["out"]) / "results.json").exists()

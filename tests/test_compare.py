@@ -270,6 +270,8 @@ def test_half_a_comparison_is_gone_on_with_and_ends_as_one_that_was_never_stoppe
     assert [line["val_loss"] for line in run["curve"]] == [line["val_loss"] for line in wanted["curve"]]
     assert "| `mma@eval` |" in said and (out / "results.md").read_text().strip() == said.strip()[-len(
         (out / "results.md").read_text().strip()):] and (out / "curves.png").exists()
+    compare.main(["--resume", "--out", str(out), "--masks", "causal"])  # nothing to train: chosen of what there is
+    assert json.loads((out / "results.json").read_text())["entries"] == ["causal"]
 
 
 def test_a_run_that_fails_ends_the_comparison_with_its_reason_in_one_line(tiny, tmp_path, capsys):
