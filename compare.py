@@ -23,18 +23,18 @@ from dataclasses import asdict, replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 from tqdm import tqdm
 
 from data.llava import Batch, Examples, leave_group, loader
-from draw import frame, join, legend, text
+from draw import chart, frame, join, legend, text
 from nanoaki import IMAGE, MASKS, Config, Tokenizer, load_file
 from train import (Run, Settings, answer_all, blind_score, choose_device, fail, flag, good,
-                   in_bfloat16, keep_freed_memory, make_parser, prepare, score, settle)
+                   in_bfloat16, keep_freed_memory, make_parser, prepare, same_flags, score, settle)
 
 # An entry: the mask that it is trained with, and the one that it is tested with.
 ENTRIES = {name: (name, name) for name in MASKS}
@@ -82,48 +82,51 @@ def trials(results: dict) -> list[Job]:
         Job("causal", results["seeds"][0], results["settings"]["lr"] * times) for times in TRIED]
 
 
-def chosen_lr(results: dict, least: int = len(TRIED)) -> float | None:
-    """The learning rate given, or causal's best on val; None before that many trials are over.
+def chosen_lr(results: dict) -> float | None:
+    """The learning rate given, or causal's best on val; None before all trials are over.
 
     Raises ValueError if causal has diverged in all of them.
     """
-    over = [results["runs"][job.name] for job in trials(results) if job.name in results["runs"]]
-    scores = {run["lr"]: run["val"] for run in over if run["val"] is not None}
-    if len(over) == len(TRIED) and not scores:
+    runs = [results["runs"].get(job.name) for job in trials(results)]
+    if None in runs:
+        return None
+    scores = {run["lr"]: run["val"] for run in runs if "val" in run}
+    if runs and not scores:
         raise ValueError("causal diverges at every learning rate that was tried: give a lower --lr")
-    return results["lr"] or (max(scores, key=scores.get) if scores and len(over) >= least else None)
+    return max(scores, key=scores.get, default=results["lr"])
+
+
+def stage_2_lr(results: dict) -> float:
+    """The rate of stage 2: chosen_lr, or the default as long as nothing is chosen."""
+    return chosen_lr(results) or results["settings"]["lr"]
 
 
 def tested_as(results: dict, job: Job) -> list[str]:
     """The entries that a job's weights are tested as."""
-    lost = job in trials(results) and chosen_lr(results) not in (None, job.lr)
-    return [] if lost else [entry for entry in dict.fromkeys([job.entry, *results["entries"]])
-                            if weights_of(entry) == job.entry and job.entry != "align"]
+    return [entry for entry in results["entries"]
+            if weights_of(entry) == job.entry and job.lr == stage_2_lr(results)]
 
 
 def finished(results: dict, job: Job) -> bool:
     run = results["runs"].get(job.name)
-    return run is not None and set(tested_as(results, job)) <= set(run["tests"])
+    return run is not None and ("diverged" in run
+                                or set(tested_as(results, job)) <= set(run["tests"]))
 
 
-def all_jobs(results: dict, lr: float | None = None) -> list[Job]:
-    """Everything to run, in order; at the default learning rate if there is none yet."""
-    lr, jobs = lr or chosen_lr(results) or results["settings"]["lr"], []
+def all_jobs(results: dict) -> list[Job]:
+    """Everything to run, in order."""
+    jobs = []
     for seed in results["seeds"]:
         jobs += [aligned(seed)] + trials(results) * (seed == results["seeds"][0])
-        jobs += [Job(weights_of(entry), seed, lr) for entry in results["entries"]]
+        jobs += [Job(weights_of(entry), seed, stage_2_lr(results)) for entry in results["entries"]]
     return list(dict.fromkeys(jobs))
 
 
 def startable(results: dict) -> list[Job]:
-    """The jobs that are not finished and wait for no other.
-
-    While the last trial runs, others begin at the rate that is best so far, lest a core be idle.
-    """
-    lr = chosen_lr(results, len(TRIED) - 1)
-    return [job for job in all_jobs(results, lr) if not finished(results, job)
+    """The jobs that are not finished and wait for no other."""
+    return [job for job in all_jobs(results) if not finished(results, job)
             and (job.entry == "align" or finished(results, aligned(job.seed)))
-            and (job.entry == "align" or lr or job in trials(results))]
+            and (job.entry == "align" or chosen_lr(results) or job in trials(results))]
 
 
 def steps_of(results: dict, *jobs: Job) -> int:
@@ -150,6 +153,8 @@ class Reporting(Run):
     def __init__(self, pipe: Connection, dual: bool, *run):
         super().__init__(*run)
         self.pipe, self.dual = pipe, dual
+        whole = shlex.quote(str(self.out.parents[1]))
+        self.goes_on = f"python compare.py --out {whole} --resume"
         pipe.send(sum(stage.steps for stage in self.stages[:self.stage]) + self.step)
 
     def update(self, stage, parts: list[Batch]) -> float:
@@ -217,6 +222,7 @@ def yes_no(said: list[tuple[bool, bool]]) -> dict:
 def child(pipe: Connection, job: Job, results: dict) -> None:
     """work in a process of its own, its output in log.txt; sends results, or what went wrong."""
     leave_group()  # Ctrl-C is for the parent, which ends this process
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # not at once: loaders clean up
     torch.set_num_threads(results["threads"])
     folder = Path(results["settings"]["out"]) / job.name
     folder.mkdir(parents=True, exist_ok=True)
@@ -227,8 +233,8 @@ def child(pipe: Connection, job: Job, results: dict) -> None:
         except Exception as e:
             traceback.print_exc()
             said = f"{job.name}: {str(e) or type(e).__name__}"
-            if isinstance(e, FloatingPointError) and job in trials(results):
-                said = job._asdict() | {"tests": {}, "val": None}  # this learning rate has lost
+            if isinstance(e, FloatingPointError) and job.entry != "align":  # a result as well
+                said = job._asdict() | {"tests": {}, "diverged": str(e)}
         with suppress(OSError):  # nobody may be left to report to
             pipe.send(said)
 
@@ -236,13 +242,14 @@ def child(pipe: Connection, job: Job, results: dict) -> None:
 # All runs ----------------------------------------------------------------------------------------
 
 
-def predict(results: dict, at_once: int) -> float:
+def predict(results: dict) -> float:
     """Seconds that all unfinished jobs will take, by a few steps and answers; checks all data."""
     s, clock, took = Settings(**results["settings"]), time.perf_counter, {"align": 0.0}
     start = clock()
     model, stages, examples, _ = prepare(s, Config(**results["config"]),
                                          load_file(s.init) if s.init else None)
-    beginning = (clock() - start) / at_once
+    beginning = clock() - start
+    torch.set_num_threads(results["threads"])  # as the runs
     with TemporaryDirectory(ignore_cleanup_errors=True) as out:
         run = Run(replace(s, out=out, compile=False), model, stages,
                   choose_device(s.device, s.dtype)[0])
@@ -264,10 +271,22 @@ def predict(results: dict, at_once: int) -> float:
         if not finished(results, job):
             stage = "align" if job.entry == "align" else "instruct"
             asked = len(examples) * (len(tested_as(results, job)) + (job in trials(results)))
-            asked += s.eval_sample * (s.steps // s.eval_every) * (stage == "instruct")
+            asked += s.eval_sample * math.ceil(s.steps / s.eval_every) * (stage == "instruct")
             seconds += beginning + steps_of(results, job) * took[stage]
             seconds += 2 * asked * answer  # their own pictures, then blind
-    return seconds
+    return seconds / results["jobs"]
+
+
+def hold(folder: Path) -> TextIO:
+    """A lock on a folder as long as it is open; raises ValueError if another process has it."""
+    lock = open(folder / "lock", "w")
+    with suppress(ImportError):  # Windows has none
+        import fcntl
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{folder}: another compare.py is at work there") from None
+    return lock
 
 
 def save(results: dict) -> None:
@@ -293,7 +312,7 @@ def launch(job: Job, results: dict) -> tuple[Connection, multiprocessing.Process
     return ours, process
 
 
-def train_all(results: dict, at_once: int) -> None:
+def train_all(results: dict) -> None:
     """Run what is left, some jobs at once; raises ValueError where one fails."""
     began, running, jobs = time.time() - results["seconds"], {}, all_jobs(results)
     save(results)
@@ -303,7 +322,8 @@ def train_all(results: dict, at_once: int) -> None:
     try:
         while True:
             for job in startable(results):
-                if len(running) < at_once and job not in [job for job, _, _ in running.values()]:
+                started = [job for job, _, _ in running.values()]
+                if len(started) < results["jobs"] and job not in started:
                     pipe, process = launch(job, results)
                     running[pipe] = job, process, steps_of(results, job)
             bar.set_postfix_str(", ".join(job.name for job, _, _ in running.values()), False)
@@ -317,6 +337,8 @@ def train_all(results: dict, at_once: int) -> None:
                     process.join()
                     said = f"{job.name}: ended with exit code {process.exitcode}"
                 if isinstance(said, str):
+                    del running[pipe]
+                    process.join()
                     log = f"{results['settings']['out']}/{job.name}/log.txt"
                     raise ValueError(f"{said} (all that it said: {log})")
                 if isinstance(said, int):  # steps
@@ -343,10 +365,10 @@ def train_all(results: dict, at_once: int) -> None:
 
 
 def interval(values: list[float]) -> tuple[float, float]:
-    """Mean and half of its 95% interval by Student's t; the latter is 0 of a single value."""
+    """Mean and half of its 95% interval by Student's t; the latter is nan of a single value."""
     n = len(values)
     if n < 2:
-        return float(np.mean(values)), 0.0
+        return float(np.mean(values)), math.nan
     # t = sqrt(df) tan(a) has the density cos(a)^(df - 1) in a: its 97.5% point, by quadrature.
     angles = (np.arange(200_000) + 0.5) / 200_000 * math.pi - math.pi / 2
     weights = np.cos(angles) ** (n - 2)
@@ -357,18 +379,25 @@ def interval(values: list[float]) -> tuple[float, float]:
 
 def runs_of(results: dict, entry: str) -> list[dict]:
     """The runs of an entry, a seed each."""
-    return [results["runs"][Job(weights_of(entry), seed, chosen_lr(results)).name]
+    return [results["runs"][Job(weights_of(entry), seed, stage_2_lr(results)).name]
             for seed in results["seeds"]]
+
+
+def tasks_of(results: dict) -> list[str]:
+    """The tasks of the data, those of the groups first."""
+    found = {task for run in results["runs"].values() for test in run["tests"].values()
+             for task in test["questions"]} - {"all"}
+    known = [task for some in GROUPS.values() for task in some if task in found]
+    return known + sorted(found - set(known))
 
 
 def grouped(results: dict) -> dict[str, list[str]]:
     """Columns of tasks: title -> the tasks of the data in it."""
-    tasks = {task for run in results["runs"].values() for test in run["tests"].values()
-             for task in test["questions"]} - {"all"}
+    tasks = tasks_of(results)
     known = {title: [task for task in some if task in tasks] for title, some in GROUPS.items()}
-    rest = sorted(tasks - {task for some in GROUPS.values() for task in some})
     known = {f"{title} ({', '.join(some)})": some for title, some in known.items() if some}
-    return known | {task: [task] for task in rest}
+    rest = [task for task in tasks if task not in sum(known.values(), [])]
+    return known | {f"`{task}`": [task] for task in rest}
 
 
 def accuracy_of(accuracy: dict, questions: dict, tasks: list[str]) -> float:
@@ -388,15 +417,27 @@ def figures(results: dict, entry: str, run: dict) -> dict[str, float]:
         "blind": 100 * test["blind"].get("all", math.nan),
         "exist: F1": 100 * test.get("f1", math.nan), "exist: yes": 100 * test.get("yes", math.nan),
         "training loss": run["curve"][-1]["train_loss"], "parameters": run["parameters"],
-        "time": float(np.median([1 / line["samples_per_second"] for line in run["curve"]]))}
+        "time": 1 / np.median([max(line["samples_per_second"], 0.05) for line in run["curve"]])}
 
 
-def cell(values: list[float], title: str) -> str:
+def cell(values: list[float], form: str = ".1f") -> str:
     mean, half = interval(values)
-    digits = {"training loss": 3, "time": 2, "parameters": 0}.get(title, 1)
-    sign = "+" if title == "over causal" else ""
-    interval_text = f" ± {half:.{digits}f}" if half else ""
-    return "-" if math.isnan(mean) else f"{mean:{sign},.{digits}f}{interval_text}"
+    return "-" if math.isnan(mean) else f"{mean:{form}}" + (
+        "" if math.isnan(half) else f" ± {half:{form.lstrip('+')}}")
+
+
+def markdown(head: list[str], rows: dict[str, list[str]]) -> str:
+    lines = [head, ["---", *["---:"] * (len(head) - 1)],
+             *([f"`{entry}`", *row] for entry, row in rows.items())]
+    return "\n".join("| " + " | ".join(part.replace("|", "\\|") for part in line) + " |"
+                     for line in lines)
+
+
+def tested(results: dict) -> dict[str, list[dict]]:
+    """entry -> its runs, a seed each; without those of which one has diverged."""
+    found = {entry: runs_of(results, entry) for entry in results["entries"]}
+    return {entry: runs for entry, runs in found.items()
+            if not any("diverged" in run for run in runs)}
 
 
 def table(results: dict) -> str:
@@ -404,8 +445,8 @@ def table(results: dict) -> str:
 
     Raises ValueError if runs differ in their number of parameters: the terms would not be equal.
     """
-    rows = {entry: [figures(results, entry, run) for run in runs_of(results, entry)]
-            for entry in results["entries"]}
+    rows = {entry: [figures(results, entry, run) for run in runs]
+            for entry, runs in tested(results).items()}
     sizes = {own["parameters"] for row in rows.values() for own in row}
     if len(sizes) > 1:
         raise ValueError(f"these runs differ in their number of parameters: {sizes}")
@@ -414,66 +455,48 @@ def table(results: dict) -> str:
         for own, (accuracy, seconds) in zip(row, base or [(math.nan, math.nan)] * len(row)):
             own["over causal"] = math.nan if entry == "causal" else own["**all**"] - accuracy
             own["time"] /= seconds
-    cells = {entry: {title: cell([own[title] for own in row], title) for title in row[0]}
+    forms = {"over causal": "+.1f", "training loss": ".3f", "parameters": ",.0f", "time": ".2f"}
+    cells = {entry: {title: cell([own[title] for own in row][:1 if title == "parameters" else None],
+                                 forms.get(title, ".1f")) for title in row[0]}
              for entry, row in rows.items()}
-    kept = [title for title in cells[results["entries"][0]]
-            if any(row[title] != "-" for row in cells.values())]
-    lines = [["entry", *kept], ["---", *["---:"] * len(kept)]]
-    lines += [[f"`{entry}`", *(row[title] for title in kept)] for entry, row in cells.items()]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    kept = [title for title in next(iter(cells.values()), {})
+            if any(row[title] != "-" for row in cells.values())] or ["**all**"]
+    return markdown(["entry", *kept], {
+        entry: [cells[entry][title] for title in kept] if entry in cells
+        else ["diverged", *["-"] * (len(kept) - 1)] for entry in results["entries"]})
 
 
-def panel(title: str, curves: dict[str, dict[int, list[float]]], last: int) -> Image.Image:
-    """Accuracy in percent over steps: entry -> step -> one value a seed; mean, and band of all."""
-    wide, high, left, under, fine = 330, 220, 32, 18, 3  # drawn finer, then made smaller
-    image = Image.new("RGB", (fine * wide, fine * high), "white")
-    draw = ImageDraw.Draw(image, "RGBA")
-
-    def at(step: float, value: float) -> tuple[float, float]:
-        return (fine * (left + step / last * (wide - left - 12)),
-                fine * (high - under - value / 100 * (high - under - 18)))
-
-    for value in range(0, 101, 25):
-        draw.line([at(0, value), at(last, value)], (225, 225, 225), fine)
-    for entry, points in curves.items():
-        color = COLORS.get(entry, (0, 0, 0))
-        band = [at(step, max(v)) for step, v in points.items()]
-        band += [at(step, min(v)) for step, v in reversed(points.items())]
-        if len(points) > 1:
-            draw.polygon(band, (*color, 50))
-        draw.line([at(step, np.mean(v)) for step, v in points.items()], color, 2 * fine, "curve")
-    image = image.resize((wide, high), Image.Resampling.LANCZOS)
-    image.paste(text(title), (left, 0))
-    for value in range(0, 101, 25):
-        label, y = text(str(value), "gray"), at(0, value)[1] / fine
-        image.paste(label, (left - 4 - label.width, round(y - label.height / 2)))
-    for step in (0, last // 2, last):
-        label = text(f"{step:,}", "gray")
-        x = min(wide - label.width, round(at(step, 0)[0] / fine - label.width / 2))
-        image.paste(label, (x, high - label.height))
-    return image
+def table_by_task(results: dict) -> str:
+    """Markdown: a column a task, causal's accuracy, of other entries the differences to it."""
+    tasks, rows = tasks_of(results), {}
+    own = {entry: [[100 * run["tests"][entry]["accuracy"][task] for run in runs] for task in tasks]
+           for entry, runs in tested(results).items()}
+    for entry, columns in own.items():
+        rows[entry] = [cell(column) for column in columns]
+        if "causal" in own and entry != "causal":
+            rows[entry] = [cell(np.subtract(column, base), "+.1f")
+                           for column, base in zip(columns, own["causal"])]
+    return markdown(["entry", *(f"`{task}`" for task in tasks)], rows)
 
 
 def draw_curves(results: dict) -> Image.Image:
     """Learning curves on the validation split, a panel for all tasks and one for each group."""
-    entries = list(dict.fromkeys(map(weights_of, results["entries"])))
-    panels, seeds = [], len(results["seeds"])
+    runs = {weights_of(entry): runs for entry, runs in tested(results).items()}
+    colors, panels = {entry: COLORS.get(entry, (0, 0, 0)) for entry in runs}, []
     for title, tasks in ({"all": ["all"]} | grouped(results)).items():
-        curves = {entry: {} for entry in entries}
-        for entry in entries:
-            for run in runs_of(results, entry):
-                questions = next(iter(run["tests"].values()))["questions"]
-                for line in run["curve"]:
-                    value = accuracy_of(line["accuracy"], questions, tasks)
-                    if not math.isnan(value):
-                        curves[entry].setdefault(line["step"], []).append(value)
-        panels.append(panel(title, curves, results["settings"]["steps"]))
+        curves = {entry: {} for entry in runs}
+        for entry in runs:
+            for line in (line for run in runs[entry] for line in run["curve"]):
+                value = accuracy_of(line["accuracy"], line["questions"], tasks)
+                if not math.isnan(value):
+                    curves[entry].setdefault(line["step"], []).append(value)
+        panels.append(chart(title, curves, colors, results["settings"]["steps"]))
     rows = [join(panels[n:n + 3], gap=14) for n in range(0, len(panels), 3)]
     note = (f"accuracy (%) over steps of stage 2, on at most {results['settings']['eval_sample']} "
             f"questions of the validation split: "
-            + (f"mean of {seeds} seeds, and from the least to the greatest" if seeds > 1
-               else "one seed"))
-    names = legend([(entry, COLORS.get(entry, (0, 0, 0))) for entry in entries], rows[0].width)
+            + ("mean of the seeds, and from the least to the greatest"
+               if len(results["seeds"]) > 1 else "one seed"))
+    names = legend(list(colors.items()), rows[0].width)
     return frame(join([names, *rows, text(note, "gray")], down=True, gap=10))
 
 
@@ -484,23 +507,26 @@ def report(results: dict) -> str:
     command = shlex.join(["python", "compare.py"] + [
         part for name, value in given.items() if (name, value) != ("out", default_out(given))
         for part in ([flag(name)] if value is True else [flag(name), str(value)])])
-    split, spread = runs_of(results, results["entries"][0])[0]["split"], ""
-    if len(seeds) > 1:
-        spread = ": means over the seeds ± 95% interval (Student's t), differences seed by seed"
+    s, split = Settings(**results["settings"]), next(iter(results["runs"].values()))["split"]
+    spread = ": means over the seeds ± 95% interval (Student's t), differences seed by seed"
     parts = [
-        f"`{command}`, seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}: "
-        f"{results['seconds'] / 60:.0f} minutes on {results['machine']}.",
-        f"Accuracy in percent on the {split} split, with the last weights{spread}. Training loss: "
-        f"of the steps since the last evaluation but one. Time: of a training step, causal's "
-        f"being 1.", table(results)]
+        f"`{command}`: {results['seconds'] / 60:.0f} minutes, runs at once: {results['jobs']}, on "
+        f"{results['machine']}; seeds: {', '.join(map(str, seeds))}.",
+        f"Accuracy in percent on the {split} split, with the last weights"
+        f"{spread * (len(seeds) > 1)}. Training loss: mean of the last "
+        f"{(s.steps - 1) % s.eval_every + 1} steps. Time: of a training step, beside the other "
+        f"runs, causal's being 1.", table(results)]
+    if "causal" in tested(results):
+        parts += ["By task, accuracy of `causal`, and the differences to it:",
+                  table_by_task(results)]
     if tried:
         lr = chosen_lr(results)
-        edge = {tried[0].lr: ", the least of them", tried[-1].lr: ", the greatest of them"}
+        edge = ", at the edge of what was tried" * (lr in (tried[0].lr, tried[-1].lr))
         runs = [results["runs"][job.name] for job in tried]
-        scores = ", ".join(f"{run['lr']:g}: " + ("diverged" if run["val"] is None else
-                                                 f"{run['val']:.1%}") for run in runs)
-        parts.append(f"Learning rate of stage 2, for all: {lr:g}{edge.get(lr, '')}; it is the best "
-                     f"for `causal` on the validation split, seed {seeds[0]} ({scores}).")
+        scores = ", ".join(f"{run['lr']:g}: {run['val']:.1%}" if "val" in run else
+                           f"{run['lr']:g}: diverged" for run in runs)
+        parts.append(f"Learning rate of stage 2, for all: {lr:g}{edge}; it is the best for "
+                     f"`causal` on the validation split, seed {seeds[0]} ({scores}).")
     parts += [f"`{entry}`: {NOTES[entry]}." for entry in results["entries"] if entry in NOTES]
     (out / "results.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     draw_curves(results).save(out / "curves.png")
@@ -518,39 +544,44 @@ def settled(given: dict, resume: bool) -> dict:
     """Results to begin with, of flags: none yet, or those that --resume goes on with."""
     if "mask" in given:
         raise ValueError("--mask is for one run: choose with --masks")
-    masks, n = given.pop("masks", None), given.pop("seeds", None)
+    if "WORLD_SIZE" in os.environ:
+        raise ValueError("start it without torchrun: it runs processes of its own, --jobs")
+    masks, n, jobs = (given.pop(name, None) for name in ("masks", "seeds", "jobs"))
+    for name, value in (("jobs", jobs), ("seeds", n)):
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} must be at least 1, not {value}")
     given.setdefault("out", default_out(given))
     path = Path(given["out"]) / "results.json"
     if resume:
         try:
             results = json.loads(path.read_text())
-            Settings(**results["settings"]), Config(**results["config"])
+            Settings(**results["settings"]), Config(**results["config"]), results["jobs"]
             saved = results["settings"] | results["config"] | {"lr": results["lr"] or "tried"}
         except (OSError, ValueError, KeyError, TypeError) as e:
             raise ValueError(f"{path}: no comparison of this version to go on with ({e})") from None
-        for name, value in given.items():
-            if name not in FREE and value != saved[name]:
-                raise ValueError(f"--resume: {flag(name)} was {saved[name]} when the comparison "
-                                 f"began, not {value}; leave it out, or choose another --out")
+        same_flags(given, saved, FREE)
         results["settings"] |= {name: given[name] for name in FREE if name in given}
     else:
         settings, config, _ = settle(given, False)
         if "eval_every" not in given:
             settings.eval_every = max(1, settings.steps // 10)  # points of a curve
-        device = choose_device(settings.device, settings.dtype)[0].type
-        settings.device = device  # on resume as well: what it is changes the last digits
-        settings.dtype = "bfloat16" if in_bfloat16(device, settings.dtype) else "float32"
+        device, reason = choose_device(settings.device, settings.dtype)
+        settings.device = device.type  # on resume as well: what it is changes the last digits
+        settings.dtype = "bfloat16" if in_bfloat16(device.type, settings.dtype) else "float32"
+        cores = torch.get_num_threads()
         results = {"given": given, "settings": asdict(settings), "config": asdict(config),
-                   "lr": given.get("lr"), "seconds": 0.0, "runs": {}}
+                   "lr": given.get("lr"), "seconds": 0.0, "runs": {},
+                   "jobs": jobs or (min(cores, 4) if device.type == "cpu" else 1),
+                   "machine": f"{reason.removeprefix('device: ')}, torch {torch.__version__}"}
+        results["threads"] = max(1, cores // results["jobs"])  # also kept, as the device
+    results["jobs"] = jobs or results["jobs"]
     first = results["settings"]["seed"]
     if masks is not None or not resume:
         masks = "causal,dot,image,prefix,mma" if masks is None else masks
         results["entries"] = list(dict.fromkeys(masks.split(",")))
     if n is not None or not resume:
-        results["seeds"] = list(range(first, first + (3 if n is None else n)))
-    if not results["seeds"]:
-        raise ValueError(f"--seeds must be at least 1, not {n}")
-    Settings(seed=results["seeds"][-1])
+        Settings(seed=first + (n or 3) - 1)
+        results["seeds"] = list(range(first, first + (n or 3)))
     for entry in results["entries"]:
         if entry not in ENTRIES:
             raise ValueError(f"--masks: {entry!r} is none of {', '.join(ENTRIES)}")
@@ -558,43 +589,36 @@ def settled(given: dict, resume: bool) -> dict:
 
 
 def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
     parser = make_parser(__doc__)
     parser.add_argument("--masks", default=argparse.SUPPRESS, metavar="NAMES",
                         help=f"of {', '.join(ENTRIES)} (default causal,dot,image,prefix,mma)")
     parser.add_argument("--seeds", type=int, default=argparse.SUPPRESS,
-                        help="how many, from --seed on (default 3)")
-    parser.add_argument("--jobs", type=int, help="runs at once (default: one a CPU core, at most "
-                        "4; on a GPU 1)")
+                        help="how many in all, from --seed on (default 3)")
+    parser.add_argument("--jobs", type=int, default=argparse.SUPPRESS,
+                        help="runs at once (default: one a CPU core, at most 4; on a GPU 1)")
     given = vars(parser.parse_args(argv))
-    resume, at_once = given.pop("resume"), given.pop("jobs")
+    resume = given.pop("resume")
     for number in (signal.SIGINT, signal.SIGTERM):  # also where a shell's & ignores the former
         signal.signal(number, signal.default_int_handler)
     try:
-        if "WORLD_SIZE" in os.environ:
-            raise ValueError("start it without torchrun: it runs processes of its own, --jobs")
-        if at_once is not None and at_once < 1:
-            raise ValueError(f"--jobs must be at least 1, not {at_once}")
-        results, cores = settled(given, resume), torch.get_num_threads()
-        on_cpu = results["settings"]["device"] == "cpu"
-        at_once = at_once or (min(cores, 4) if on_cpu else 1)
-        results.setdefault("threads", max(1, cores // at_once))  # kept on resume, as the device
-        what = f"{cores} thread{'s' * (cores > 1)}" if on_cpu else results["settings"]["device"]
-        runs = "a run" if at_once == 1 else f"{at_once} runs"
-        results.setdefault("machine", f"{what}, {runs} at once, torch {torch.__version__}")
+        results = settled(given, resume)
+        out = Path(results["settings"]["out"])
         if left := sum(not finished(results, job) for job in all_jobs(results)):
-            minutes = predict(results, at_once) / 60
-            if not on_cpu and torch.cuda.is_available():
+            minutes = math.ceil(predict(results) / 60)
+            if results["settings"]["device"] == "cuda":
                 torch.cuda.empty_cache()  # for the runs
-            print(f"{left} runs, {at_once} at once with {results['threads']} threads each: about "
-                  f"{minutes:.0f} minutes", flush=True)
-            Path(results["settings"]["out"]).mkdir(parents=True, exist_ok=True)
-            train_all(results, at_once)
-        save(results)  # also if only other entries or seeds were chosen, of what there is
-        print(report(results))
+            print(f"runs: {left}, at once: {results['jobs']}, CPU threads of each: "
+                  f"{results['threads']}, minutes: about {minutes}", flush=True)
+            out.mkdir(parents=True, exist_ok=True)
+        with hold(out):
+            train_all(results)
+            print(report(results))
     except KeyboardInterrupt:
-        whole = (Path(given["out"]) / "results.json").exists()
-        print("stopped" + whole * f"; what was trained is kept, and this goes on:\n  python "
-              f"compare.py --out {shlex.quote(given['out'])} --resume", file=sys.stderr)
+        if (Path(given["out"]) / "results.json").exists():
+            argv = argv if resume else ["--out", given["out"], "--resume"]
+            print(f"stopped; what was trained is kept, and this goes on:\n  "
+                  f"{shlex.join(['python', 'compare.py', *argv])}", file=sys.stderr)
         raise SystemExit(130)
     except (ValueError, OSError, FloatingPointError) as e:
         fail(e)

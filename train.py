@@ -447,6 +447,7 @@ class Run:
         self.signal = 0         # that asked this process to stop
         self.stop = 0           # the same, once all processes agree on the step
         self.waited = self.trained = self.evaluated = 0.0  # seconds of this process
+        self.goes_on = f"python train.py --out {shlex.quote(settings.out)} --resume"
         self.metrics = open(self.out / "metrics.jsonl" if self.rank == 0 else os.devnull, "a")
         seconds = 0.0
         if state:
@@ -522,7 +523,7 @@ class Run:
                 self.save()
         if self.stop:
             print(f"stopped; {self.out / 'model.pt'} can be asked, and this goes on:\n"
-                  f"  python train.py --out {shlex.quote(str(self.out))} --resume", flush=True)
+                  f"  {self.goes_on}", flush=True)
             raise SystemExit(128 + self.stop)
 
     def agree(self, number: float = 0, problem: Exception | None = None) -> float:
@@ -620,7 +621,7 @@ class Run:
         self.model.eval()
         loss = held_out_loss(self.objective, examples, indices, stage.mask)
         given = answer_all(self.model, examples, indices, stage.mask, **self.how)
-        scores = {"accuracy": score(examples, indices, given)[0]}
+        scores = dict(zip(("accuracy", "questions"), score(examples, indices, given)))
         note = f"exact match {scores['accuracy']['all']:.1%}"
         if instruct:
             scores["blind"] = blind_score(self.model, examples, indices, **self.how)
@@ -716,8 +717,16 @@ def prepare(settings: Settings, config: Config, start: dict | None):
                                                "no test.json: the report is on val") + "\n"
           f"model: {s.preset}, {sum(p.numel() for p in model.parameters()):,} parameters, "
           f"{config.visual_tokens} visual tokens a picture, {len(tokenizer)} tokens in the "
-          f"vocabulary, mask {config.mask}")
+          f"vocabulary")
     return model, stages, test, split
+
+
+def same_flags(given: dict, saved: dict, free: tuple[str, ...]) -> None:
+    """Raise ValueError for a flag that was another when it began; the free change no number."""
+    for name, value in given.items():
+        if name not in free and value != saved[name]:
+            raise ValueError(f"--resume: {flag(name)} was {saved[name]!r} when it began, not "
+                             f"{value!r}; leave it out, or choose another --out")
 
 
 def settle(given: dict, resume: bool) -> tuple[Settings, Config, dict | None]:
@@ -729,12 +738,8 @@ def settle(given: dict, resume: bool) -> tuple[Settings, Config, dict | None]:
         known = {f.name for f in fields(Settings)}
         if "optimizers" not in start or set(start["settings"]) != known:
             raise ValueError(f"{out / 'last.pt'}: not a run of this version that can be resumed")
-        saved = start["settings"] | start["config"]
-        for name, value in given.items():
-            free = ("out", "device", "workers", "save_every", "vocab_size")  # change no number
-            if value != saved[name] and name not in free:
-                raise ValueError(f"--resume: {flag(name)} was {saved[name]!r} when the run began, "
-                                 f"not {value!r}; leave it out, or choose another --out")
+        same_flags(given, start["settings"] | start["config"],
+                   free=("out", "device", "workers", "save_every", "vocab_size"))
         settings = Settings(**start["settings"] | pick(Settings, given))
         config = Config(**start["config"])
     elif out.exists() and (not out.is_dir() or any(  # a run killed before its first checkpoint
@@ -774,6 +779,7 @@ def main(argv: list[str] | None = None) -> None:
             settings, config, state = settle(given, resume)
             device, reason = choose_device(settings.device, settings.dtype)
             print(reason + (f", {world} processes" if world > 1 else ""))
+            print(f"mask: {config.mask}")
             model, stages, examples, split = prepare(settings, config, state)
             keep_freed_memory()  # from here on: what reading took is given back
             out = Path(settings.out)

@@ -1,13 +1,16 @@
 """Comparisons: equal terms, dual order, intervals, and going on with half a comparison."""
 import json
 import math
+import multiprocessing
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +19,7 @@ from PIL import Image
 import compare
 from compare import Job, interval, prompt_first, table, work
 from data.llava import Batch
+from draw import chart
 from helpers import ROOT, TINY, make_tiny, same, weights
 from nanoaki import IMAGE, PROMPT, Config, NanoAKI, Tokenizer, build_sequence, pad_batch
 from train import Run, Settings
@@ -178,8 +182,9 @@ def made_up(**changes) -> dict:
             value = 0.2 + 0.3 * seed + more  # seeds differ far more than entries do
             test = {"accuracy": {"all": value, "hop": value, "mine": 1.0}, "blind": {"all": 0.1}, "f1": 0.5,
                     "yes": 0.4, "questions": {"all": 20, "hop": 10, "mine": 10}}
-            curve = [{"step": step, "accuracy": test["accuracy"], "samples_per_second": 100.0 if more else 110.0,
-                      "train_loss": 0.5} for step in (10, 20)]
+            line = {"accuracy": test["accuracy"], "questions": test["questions"], "train_loss": 0.5,
+                    "samples_per_second": 100.0 if more else 110.0}
+            curve = [{"step": step} | line for step in (10, 20)]
             results["runs"][Job(entry, seed, 0.01).name] = {"tests": {entry: test}, "curve": curve, "parameters": 7}
     for name, change in changes.items():
         results["runs"][name] |= change
@@ -192,8 +197,31 @@ def test_differences_to_causal_are_taken_seed_by_seed():
     row, base = dict(zip(head, mma, strict=True)), dict(zip(head, causal, strict=True))
     assert row["over causal"] == "+11.0 ± 2.5" and base["over causal"] == "-"
     assert row["**all**"] == "61.0 ± 77.0"  # the control: unpaired, nothing can be said
-    assert row["time"] == "1.10" and row["parameters"] == "7" and row["mine"] == "100.0"
+    assert row["time"] == "1.10 ± 0.00" and row["parameters"] == "7" and row["`mine`"] == "100.0 ± 0.0"
     assert "two steps (hop)" in row
+    assert compare.table_by_task(made_up()).splitlines()[2:] == [
+        "| `causal` | 50.0 ± 74.5 | 100.0 ± 0.0 |", "| `mma` | +11.0 ± 2.5 | +0.0 ± 0.0 |"]
+
+
+def test_tasks_may_be_called_as_columns_are_and_hold_what_markdown_does():
+    results = json.loads(json.dumps(made_up()).replace('"hop"', '"blind"').replace('"mine"', '"a|b"'))
+    for text in (table(results), compare.table_by_task(results)):
+        head, _, causal, mma = ([cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+                                for line in text.splitlines())
+        assert len(head) == len(causal) == len(mma)
+        own = dict(zip(head, causal))
+        assert own["`a\\|b`"] == "100.0 ± 0.0" and own["`blind`"] == "50.0 ± 74.5"
+    assert "| blind |" in table(results)
+
+
+def test_an_entry_that_diverges_is_shown_as_such_and_all_others_as_ever():
+    results, whole = made_up(), table(made_up()).splitlines()
+    results["runs"]["seed1/mma-0.01"] = {"tests": {}, "diverged": "loss nan"}
+    lines = table(results).splitlines()
+    assert lines[3].startswith("| `mma` | diverged | - |") and lines[2].startswith("| `causal` | 50.0 ± 74.5 |")
+    assert len(lines) == len(whole) and {line.count("|") for line in lines} == {lines[0].count("|")}
+    assert "`mma`" not in compare.table_by_task(results)
+    compare.draw_curves(results)
 
 
 def test_runs_of_different_size_are_not_compared():
@@ -203,15 +231,16 @@ def test_runs_of_different_size_are_not_compared():
 
 def test_curves_are_drawn_at_their_values():
     points = {0: [50.0, 50.0], 100: [50.0, 100.0]}  # the mean is 75 at the end, the band 50 to 100
-    image = compare.panel("title", {"mma": points}, 100)
+    image = chart("title", {"mma": points}, compare.COLORS, 100)
     color, end = compare.COLORS["mma"], image.width - 12 - 1
     column = [image.getpixel((end - 3, y)) for y in range(image.height)]
     line = [y for y, pixel in enumerate(column) if math.dist(pixel, color) < 60]
     band = [y for y, (red, _, blue) in enumerate(column) if red > blue + 20]
     assert line and all(18 + 0.2 * 184 < y < 18 + 0.3 * 184 for y in line)
     assert min(band) < 18 + 0.1 * 184 and 18 + 0.45 * 184 < max(band) < 18 + 0.55 * 184
-    empty = compare.panel("title", {}, 100)  # the control
+    empty = chart("title", {}, {}, 100)  # the control
     assert not any(math.dist(empty.getpixel((end - 3, y)), color) < 60 for y in range(empty.height))
+    assert chart("title", {"mma": {50: [50.0]}}, compare.COLORS, 100).tobytes() != empty.tobytes()  # one evaluation
 
 
 def test_causal_chooses_the_learning_rate_before_anything_else_is_trained():
@@ -225,18 +254,43 @@ def test_causal_chooses_the_learning_rate_before_anything_else_is_trained():
     assert compare.steps_of(results, *compare.all_jobs(results)) == 3 * 5 + (2 + 6) * 20
     for job, accuracy in zip(tries[:2], (0.5, 0.7), strict=True):
         results["runs"][job.name] = {"tests": {"causal": {}}, "val": accuracy, "lr": job.lr}
-    ready = compare.startable(results)  # the last try, and for an idle core what will probably be needed
-    assert compare.chosen_lr(results) is None and ready[0] == tries[2]
-    assert {job.lr for job in ready[1:]} == {tries[1].lr}
+    assert compare.chosen_lr(results) is None and compare.startable(results) == tries[2:]
     for accuracy, best in ((0.6, tries[1]), (0.8, tries[2])):
         results["runs"][tries[2].name] = {"tests": {"causal": {}}, "val": accuracy, "lr": tries[2].lr}
         assert compare.chosen_lr(results) == best.lr == compare.startable(results)[0].lr
         assert len(compare.startable(results)) == 5  # causal with seed 0 is one of the tries
-    results["runs"][tries[1].name]["val"] = None  # one that diverges has lost
-    assert compare.chosen_lr(results) == tries[2].lr
     results["entries"] = ["causal", "mma@eval"]  # tries that have lost are not tested again
     assert [job.name for job in compare.startable(results)] == [
         best.name, *(f"seed{seed}/causal-{best.lr:g}" for seed in (1, 2))]
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_every_run_is_made_once_and_a_learning_rate_that_diverges_loses(jobs, tmp_path, monkeypatch):
+    results = made_up() | {"lr": None, "runs": {}, "jobs": jobs, "threads": 1}
+    results["settings"] |= {"align_steps": 5, "init": "", "out": str(tmp_path)}
+    tries, started, most = compare.trials(results), [], []
+
+    def launch(job, results):
+        started.append(job)
+        most.append(len(started) - len(results["runs"]))
+        found = job._asdict() | {"tests": {entry: {} for entry in compare.tested_as(results, job)}}
+        if job in tries:
+            found |= {"diverged": "loss nan", "tests": {}} if job == tries[0] else {"val": 0.1 * job.lr}
+        ours, theirs = multiprocessing.Pipe()
+        theirs.send(found)
+        return ours, SimpleNamespace(join=lambda: None, terminate=lambda: None)
+
+    monkeypatch.setattr(compare, "launch", launch)
+    compare.train_all(results)
+    best = tries[2]
+    wanted = [*(compare.aligned(seed) for seed in range(3)), *tries, best,  # the best is tested once it is chosen
+              *(Job(entry, seed, best.lr) for seed in range(3) for entry in ("causal", "mma"))]
+    wanted.remove(best)
+    assert sorted(started) == sorted(wanted) and max(most) == jobs + 1  # the best was finished before
+    assert started.index(best) < min(started.index(job) for job in started if job.entry == "mma")
+    assert not compare.startable(results) and json.loads((tmp_path / "results.json").read_text()) == results
+    monkeypatch.setattr(compare, "launch", None)
+    compare.train_all(results)  # the control: nothing is left
 
 
 # The command -------------------------------------------------------------------------------------
@@ -272,6 +326,26 @@ def test_half_a_comparison_is_gone_on_with_and_ends_as_one_that_was_never_stoppe
         (out / "results.md").read_text().strip()):] and (out / "curves.png").exists()
     compare.main(["--resume", "--out", str(out), "--masks", "causal"])  # nothing to train: chosen of what there is
     assert json.loads((out / "results.json").read_text())["entries"] == ["causal"]
+    with compare.hold(out), pytest.raises(SystemExit):  # as another process would
+        compare.main(["--resume", "--out", str(out), "--masks", "mma@eval"])
+    assert json.loads((out / "results.json").read_text())["entries"] == ["causal"]
+
+
+def test_a_run_that_diverges_is_a_result_and_one_that_fails_is_not(tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "leave_group", lambda: None)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    results, said = {"threads": torch.get_num_threads(), "settings": {"out": str(tmp_path)}}, []
+    for entry, error in (("mma", FloatingPointError("loss nan")), ("mma", ValueError("no picture")),
+                         ("align", FloatingPointError("loss nan"))):
+        def work(*_, error=error):
+            raise error
+
+        monkeypatch.setattr(compare, "work", work)
+        ours, theirs = multiprocessing.Pipe()
+        compare.child(theirs, Job(entry, 0, 0.01), results)
+        said.append(ours.recv())
+    assert said == [{"entry": "mma", "seed": 0, "lr": 0.01, "tests": {}, "diverged": "loss nan"},
+                    "seed0/mma-0.01: no picture", "seed0/align: loss nan"]
 
 
 def test_a_run_that_fails_ends_the_comparison_with_its_reason_in_one_line(tiny, tmp_path, capsys):
@@ -280,7 +354,7 @@ def test_a_run_that_fails_ends_the_comparison_with_its_reason_in_one_line(tiny, 
     results = compare.settled({"data": str(tiny), "out": str(tmp_path / "new"), "lr": 0.01, "device": "cpu"}, False)
     results["settings"]["out"] = str(tmp_path / "out")
     with pytest.raises(ValueError, match="seed0/align.*not a nanoAKI checkpoint.*log.txt"):
-        compare.train_all(results | {"threads": 1}, 1)
+        compare.train_all(results | {"threads": 1, "jobs": 1})
     assert "Traceback" in (tmp_path / "out/seed0/align/log.txt").read_text()
 
 
@@ -306,7 +380,7 @@ def test_bad_input_gets_one_line_and_leaves_nothing(flags, wanted, tmp_path, cap
 def test_a_comparison_is_gone_on_with_only_under_its_own_flags(tmp_path, capsys):
     new = compare.settled({"out": str(tmp_path), "steps": 20}, False)
     (tmp_path / "results.json").write_text(json.dumps(new))
-    for flags, wanted in ((["--resume", "--steps", "30"], "--steps was 20"), (["--resume", "--lr", "1"], "was tried"),
+    for flags, wanted in ((["--resume", "--steps", "30"], "--steps was 20"), (["--resume", "--lr", "1"], "was 'tried'"),
                           ([], "already holds")):
         with pytest.raises(SystemExit):
             compare.main([*flags, "--out", str(tmp_path)])
