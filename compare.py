@@ -510,8 +510,8 @@ def report(results: dict) -> str:
     s, split = Settings(**results["settings"]), next(iter(results["runs"].values()))["split"]
     spread = ": means over the seeds ± 95% interval (Student's t), differences seed by seed"
     parts = [
-        f"`{command}`: {results['seconds'] / 60:.0f} minutes, runs at once: {results['jobs']}, on "
-        f"{results['machine']}; seeds: {', '.join(map(str, seeds))}.",
+        f"`{command}`: {results['seconds'] / 60:.0f} min, runs at once: {results['jobs']}, on "
+        f"{results['machine']}. Seeds: {', '.join(map(str, seeds))}.",
         f"Accuracy in percent on the {split} split, with the last weights"
         f"{spread * (len(seeds) > 1)}. Training loss: mean of the last "
         f"{(s.steps - 1) % s.eval_every + 1} steps. Time: of a training step, beside the other "
@@ -592,7 +592,8 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     parser = make_parser(__doc__)
     parser.add_argument("--masks", default=argparse.SUPPRESS, metavar="NAMES",
-                        help=f"of {', '.join(ENTRIES)} (default causal,dot,image,prefix,mma)")
+                        help=f"of {', '.join(ENTRIES)} (default causal,dot,image,prefix,mma); "
+                             "with --resume the whole list anew: what is trained is kept")
     parser.add_argument("--seeds", type=int, default=argparse.SUPPRESS,
                         help="how many in all, from --seed on (default 3)")
     parser.add_argument("--jobs", type=int, default=argparse.SUPPRESS,
