@@ -18,6 +18,7 @@ import signal
 import sys
 import time
 import traceback
+from collections import defaultdict
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import asdict, replace
 from multiprocessing.connection import Connection, wait
@@ -92,7 +93,8 @@ def chosen_lr(results: dict) -> float | None:
         return None
     scores = {run["lr"]: run["val"] for run in runs if "val" in run}
     if runs and not scores:
-        raise ValueError("causal diverges at every learning rate that was tried: give a lower --lr")
+        raise ValueError("causal diverges at every learning rate that was tried: begin anew, "
+                         "with a lower --lr and another --out")
     return max(scores, key=scores.get, default=results["lr"])
 
 
@@ -125,8 +127,8 @@ def all_jobs(results: dict) -> list[Job]:
 def startable(results: dict) -> list[Job]:
     """The jobs that are not finished and wait for no other."""
     return [job for job in all_jobs(results) if not finished(results, job)
-            and (job.entry == "align" or finished(results, aligned(job.seed)))
-            and (job.entry == "align" or chosen_lr(results) or job in trials(results))]
+            and (job.entry == "align" or finished(results, aligned(job.seed))
+                 and (chosen_lr(results) or job in trials(results)))]
 
 
 def steps_of(results: dict, *jobs: Job) -> int:
@@ -243,7 +245,10 @@ def child(pipe: Connection, job: Job, results: dict) -> None:
 
 
 def predict(results: dict) -> float:
-    """Seconds that all unfinished jobs will take, by a few steps and answers; checks all data."""
+    """Seconds that all unfinished jobs will take, by a few steps and answers; checks all data.
+
+    Stage 1, trials of the learning rate and the rest are taken to follow each other.
+    """
     s, clock, took = Settings(**results["settings"]), time.perf_counter, {"align": 0.0}
     start = clock()
     model, stages, examples, _ = prepare(s, Config(**results["config"]),
@@ -266,15 +271,17 @@ def predict(results: dict) -> float:
         run.metrics.close()
         some, start = list(range(min(250, len(examples)))), clock()
         answer_all(model.eval(), examples, some, **run.how)
-        answer, seconds = (clock() - start) / len(some), 0.0
+        answer, phases = (clock() - start) / len(some), defaultdict(list)
     for job in all_jobs(results):
         if not finished(results, job):
             stage = "align" if job.entry == "align" else "instruct"
-            asked = len(examples) * (len(tested_as(results, job)) + (job in trials(results)))
-            asked += s.eval_sample * math.ceil(s.steps / s.eval_every) * (stage == "instruct")
-            seconds += beginning + steps_of(results, job) * took[stage]
-            seconds += 2 * asked * answer  # their own pictures, then blind
-    return seconds / results["jobs"]
+            new = job.name not in results["runs"]  # else only tests are missing
+            asked = len(examples) * (len(tested_as(results, job)) + (job in trials(results)) * new)
+            asked += s.eval_sample * math.ceil(s.steps / s.eval_every) * (stage == "instruct") * new
+            phases[stage, job in trials(results)].append(  # answers: own pictures, then blind
+                beginning + steps_of(results, job) * took[stage] * new + 2 * asked * answer)
+    at_once = results["jobs"] if s.device == "cpu" else 1  # a GPU is shared by its runs
+    return sum(max(max(times), sum(times) / at_once) for times in phases.values())
 
 
 def hold(folder: Path) -> TextIO:
@@ -317,7 +324,7 @@ def train_all(results: dict) -> None:
     began, running, jobs = time.time() - results["seconds"], {}, all_jobs(results)
     save(results)
     bar = tqdm(total=steps_of(results, *jobs), unit="step", dynamic_ncols=True,
-               initial=steps_of(results, *(job for job in jobs if finished(results, job))),
+               initial=steps_of(results, *(job for job in jobs if job.name in results["runs"])),
                mininterval=0.2 if sys.stderr.isatty() else 60)
     try:
         while True:
@@ -336,18 +343,17 @@ def train_all(results: dict) -> None:
                 except (EOFError, OSError):
                     process.join()
                     said = f"{job.name}: ended with exit code {process.exitcode}"
-                if isinstance(said, str):
-                    del running[pipe]
-                    process.join()
-                    log = f"{results['settings']['out']}/{job.name}/log.txt"
-                    raise ValueError(f"{said} (all that it said: {log})")
+                new = job.name not in results["runs"]  # else only tests are missing
                 if isinstance(said, int):  # steps
                     running[pipe] = job, process, left - said
-                    bar.update(said)
+                    bar.update(said * new)
                     continue
-                bar.update(left)  # a stage without data has none
-                process.join()
                 del running[pipe]
+                process.join()
+                if isinstance(said, str):
+                    log = f"{results['settings']['out']}/{job.name}/log.txt"
+                    raise ValueError(f"{said} (all that it said: {log})")
+                bar.update(left * new)  # a stage without data has none
                 results["runs"][job.name] = said
                 results["seconds"] = time.time() - began
                 save(results)
@@ -468,14 +474,12 @@ def table(results: dict) -> str:
 
 def table_by_task(results: dict) -> str:
     """Markdown: a column a task, causal's accuracy, of other entries the differences to it."""
-    tasks, rows = tasks_of(results), {}
+    tasks = tasks_of(results)
     own = {entry: [[100 * run["tests"][entry]["accuracy"][task] for run in runs] for task in tasks]
            for entry, runs in tested(results).items()}
-    for entry, columns in own.items():
-        rows[entry] = [cell(column) for column in columns]
-        if "causal" in own and entry != "causal":
-            rows[entry] = [cell(np.subtract(column, base), "+.1f")
-                           for column, base in zip(columns, own["causal"])]
+    rows = {entry: [cell(column) if entry == "causal" else cell(np.subtract(column, base), "+.1f")
+                    for column, base in zip(columns, own["causal"])]
+            for entry, columns in own.items()}
     return markdown(["entry", *(f"`{task}`" for task in tasks)], rows)
 
 
@@ -490,7 +494,7 @@ def draw_curves(results: dict) -> Image.Image:
                 value = accuracy_of(line["accuracy"], line["questions"], tasks)
                 if not math.isnan(value):
                     curves[entry].setdefault(line["step"], []).append(value)
-        panels.append(chart(title, curves, colors, results["settings"]["steps"]))
+        panels.append(chart(title.strip("`"), curves, colors, results["settings"]["steps"]))
     rows = [join(panels[n:n + 3], gap=14) for n in range(0, len(panels), 3)]
     note = (f"accuracy (%) over steps of stage 2, on at most {results['settings']['eval_sample']} "
             f"questions of the validation split: "
@@ -510,13 +514,13 @@ def report(results: dict) -> str:
     s, split = Settings(**results["settings"]), next(iter(results["runs"].values()))["split"]
     spread = ": means over the seeds ± 95% interval (Student's t), differences seed by seed"
     parts = [
-        f"`{command}`: {results['seconds'] / 60:.0f} min, runs at once: {results['jobs']}, on "
-        f"{results['machine']}. Seeds: {', '.join(map(str, seeds))}.",
+        f"`{command}`: {results['seconds'] / 60:.0f} min on {results['machine']}. Seeds: "
+        f"{', '.join(map(str, seeds))}.",
         f"Accuracy in percent on the {split} split, with the last weights"
         f"{spread * (len(seeds) > 1)}. Training loss: mean of the last "
-        f"{(s.steps - 1) % s.eval_every + 1} steps. Time: of a training step, beside the other "
-        f"runs, causal's being 1.", table(results)]
+        f"{(s.steps - 1) % s.eval_every + 1} steps.", table(results)]
     if "causal" in tested(results):
+        parts[1] += " Time: of a training step, beside the other runs, causal's being 1."
         parts += ["By task, accuracy of `causal`, and the differences to it:",
                   table_by_task(results)]
     if tried:
@@ -527,6 +531,10 @@ def report(results: dict) -> str:
                            f"{run['lr']:g}: diverged" for run in runs)
         parts.append(f"Learning rate of stage 2, for all: {lr:g}{edge}; it is the best for "
                      f"`causal` on the validation split, seed {seeds[0]} ({scores}).")
+    for entry in results["entries"]:
+        if lost := [str(run["seed"]) for run in runs_of(results, entry) if "diverged" in run]:
+            parts.append(f"`{entry}` diverged (seed {', '.join(lost)}): it has no figures"
+                         + ", nor has any other a difference to it" * (entry == "causal") + ".")
     parts += [f"`{entry}`: {NOTES[entry]}." for entry in results["entries"] if entry in NOTES]
     (out / "results.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     draw_curves(results).save(out / "curves.png")
@@ -572,8 +580,10 @@ def settled(given: dict, resume: bool) -> dict:
         results = {"given": given, "settings": asdict(settings), "config": asdict(config),
                    "lr": given.get("lr"), "seconds": 0.0, "runs": {},
                    "jobs": jobs or (min(cores, 4) if device.type == "cpu" else 1),
-                   "machine": f"{reason.removeprefix('device: ')}, torch {torch.__version__}"}
+                   "machine": f"{reason.removeprefix('device: ')}, torch {torch.__version__}, "}
         results["threads"] = max(1, cores // results["jobs"])  # also kept, as the device
+        results["machine"] += (f"runs at once: {results['jobs']}, CPU threads of each: "
+                               f"{results['threads']}")
     results["jobs"] = jobs or results["jobs"]
     first = results["settings"]["seed"]
     if masks is not None or not resume:

@@ -90,7 +90,7 @@ def join(parts: list[Image.Image], down: bool = False, gap: int = 0, end: bool =
     """Pictures side by side, or one below the other; aligned at their start, or at their end."""
     across = 0 if down else 1
     room = max((p.size[across] for p in parts), default=1)
-    length = sum(p.size[1 - across] for p in parts) + gap * (len(parts) - 1)
+    length = sum(p.size[1 - across] for p in parts) + gap * max(0, len(parts) - 1)
     sheet = Image.new("RGB", (room, length) if down else (length, room), "white")
     at = 0
     for p in parts:

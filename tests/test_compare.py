@@ -214,14 +214,21 @@ def test_tasks_may_be_called_as_columns_are_and_hold_what_markdown_does():
     assert "| blind |" in table(results)
 
 
-def test_an_entry_that_diverges_is_shown_as_such_and_all_others_as_ever():
+def test_an_entry_that_diverges_is_shown_as_such_and_all_others_as_ever(tmp_path):
     results, whole = made_up(), table(made_up()).splitlines()
     results["runs"]["seed1/mma-0.01"] = {"tests": {}, "diverged": "loss nan"}
     lines = table(results).splitlines()
     assert lines[3].startswith("| `mma` | diverged | - |") and lines[2].startswith("| `causal` | 50.0 ± 74.5 |")
     assert len(lines) == len(whole) and {line.count("|") for line in lines} == {lines[0].count("|")}
     assert "`mma`" not in compare.table_by_task(results)
-    compare.draw_curves(results)
+    results["settings"] |= {"out": str(tmp_path), "eval_every": 10}
+    results["runs"] |= {"seed0/align": {"tests": {}, "split": "val"}}
+    for run in results["runs"].values():
+        run |= {"seed": 1, "split": "val"}
+    assert "`mma` diverged (seed 1)" in compare.report(results)
+    results["runs"]["seed0/causal-0.01"] |= {"tests": {}, "diverged": "loss nan", "seed": 0}
+    said = compare.report(results)  # nothing is left to show
+    assert "`causal` diverged (seed 0)" in said and "By task" not in said and "| `causal` | diverged |" in said
 
 
 def test_runs_of_different_size_are_not_compared():
@@ -297,6 +304,26 @@ def test_every_run_is_made_once_also_those_that_diverge(jobs, tmp_path, monkeypa
     compare.train_all(results)  # the control: nothing is left
 
 
+def test_the_time_that_is_left_is_told_of_what_is_left_to_do(tiny, monkeypatch):
+    given = {"data": str(tiny), "steps": 60, "align_steps": 10, "eval_every": 30, "lr": 0.01, "device": "cpu",
+             "workers": 0, "out": "none", "masks": "causal,mma", "seeds": 2, "jobs": 1, "eval_sample": 50}
+    results, now = compare.settled(given, False) | {"threads": torch.get_num_threads()}, [0.0]
+
+    def takes(seconds):
+        return lambda *args, **how: now.__setitem__(0, now[0] + seconds)
+
+    monkeypatch.setattr(compare.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(Run, "update", takes(1.0))
+    monkeypatch.setattr(compare, "answer_all", takes(8.0))  # for 80 examples
+    trained = 60 + 2 * 0.1 * (2 * 50 + 80)  # two evaluations and the test, each with its blind half
+    assert compare.predict(results) == pytest.approx(2 * 10 + 4 * trained)
+    assert compare.predict(results | {"jobs": 2}) == pytest.approx(10 + 2 * trained)
+    assert compare.predict(results | {"jobs": 9}) == pytest.approx(10 + trained)  # the longest of each phase
+    results["runs"] = {"seed0/align": {"tests": {}}, "seed1/align": {"tests": {}},
+                       "seed0/causal-0.01": {"tests": {"causal": {}}}, "seed0/mma-0.01": {"tests": {}}}
+    assert compare.predict(results) == pytest.approx(2 * trained + 2 * 0.1 * 80)  # one lacks only its test
+
+
 # The command -------------------------------------------------------------------------------------
 
 
@@ -306,7 +333,8 @@ def launch(*argv) -> subprocess.Popen:
                             start_new_session=True)
 
 
-def test_half_a_comparison_is_gone_on_with_and_ends_as_one_that_was_never_stopped(tiny, tmp_path, runs):
+def test_half_a_comparison_is_gone_on_with_and_ends_as_one_that_was_never_stopped(
+        tiny, tmp_path, runs, capsys):
     out = tmp_path / "out"
     process = launch("--data", tiny, *FLAGS, "--masks", "causal", "--seeds", "1", "--jobs", "1", "--out", out)
     done = out / "seed0/causal-0.01/metrics.jsonl"
@@ -332,6 +360,7 @@ def test_half_a_comparison_is_gone_on_with_and_ends_as_one_that_was_never_stoppe
     assert json.loads((out / "results.json").read_text())["entries"] == ["causal"]
     with compare.hold(out), pytest.raises(SystemExit):  # as another process would
         compare.main(["--resume", "--out", str(out), "--masks", "mma@eval"])
+    assert "another compare.py" in capsys.readouterr().err
     assert json.loads((out / "results.json").read_text())["entries"] == ["causal"]
 
 
@@ -382,8 +411,10 @@ def test_bad_input_gets_one_line_and_leaves_nothing(flags, wanted, tmp_path, cap
 
 
 def test_a_comparison_is_gone_on_with_only_under_its_own_flags(tmp_path, capsys):
-    new = compare.settled({"out": str(tmp_path), "steps": 20}, False)
+    new = compare.settled({"out": str(tmp_path), "steps": 20, "jobs": 1}, False)
     (tmp_path / "results.json").write_text(json.dumps(new))
+    again = compare.settled({"out": str(tmp_path), "jobs": 2}, True)
+    assert again == new | {"jobs": 2}  # and as many threads as before: they change the last digits
     for flags, wanted in ((["--resume", "--steps", "30"], "--steps was 20"), (["--resume", "--lr", "1"], "was 'tried'"),
                           ([], "already holds")):
         with pytest.raises(SystemExit):
