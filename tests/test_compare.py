@@ -366,7 +366,8 @@ def test_half_a_comparison_is_gone_on_with_and_ends_as_one_that_was_never_stoppe
 
 def test_a_run_that_diverges_is_a_result_and_one_that_fails_is_not(tmp_path, monkeypatch):
     monkeypatch.setattr(compare, "leave_group", lambda: None)
-    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    handlers = {}
+    monkeypatch.setattr(signal, "signal", handlers.__setitem__)
     results, said = {"threads": torch.get_num_threads(), "settings": {"out": str(tmp_path)}}, []
     for entry, error in (("mma", FloatingPointError("loss nan")), ("mma", ValueError("no picture")),
                          ("align", FloatingPointError("loss nan"))):
@@ -379,6 +380,8 @@ def test_a_run_that_diverges_is_a_result_and_one_that_fails_is_not(tmp_path, mon
         said.append(ours.recv())
     assert said == [{"entry": "mma", "seed": 0, "lr": 0.01, "tests": {}, "diverged": "loss nan"},
                     "seed0/mma-0.01: no picture", "seed0/align: loss nan"]
+    with pytest.raises(SystemExit):  # SIGTERM leaves time to clean up
+        handlers[signal.SIGTERM](signal.SIGTERM, None)
 
 
 def test_a_run_that_fails_ends_the_comparison_with_its_reason_in_one_line(tiny, tmp_path, capsys):
