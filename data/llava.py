@@ -360,7 +360,8 @@ class Batches(Sampler):
     def __init__(self, examples: "Examples", batch_size: int, seed: list[int], steps: int,
                  start: int = 0, share: int = 1, pieces: range = range(1), of: int = 1,
                  window: int = 32):
-        self.lengths, self.groups = examples.lengths.numpy(), examples.groups.numpy()
+        # Copies: a spawned worker is sent the tensors by shared memory, and their own is freed.
+        self.lengths, self.groups = np.array(examples.lengths), np.array(examples.groups)
         self.batch_size, self.seed, self.steps, self.start = batch_size, seed, steps, start
         self.share, self.window, self.pieces, self.of = share, window * batch_size, pieces, of
 
