@@ -361,7 +361,8 @@ class Batches(Sampler):
                  start: int = 0, share: int = 1, pieces: range = range(1), of: int = 1,
                  window: int = 32):
         # Copies: a spawned worker is sent the tensors by shared memory, and their own is freed.
-        self.lengths, self.groups = np.array(examples.lengths), np.array(examples.groups)
+        self.lengths = examples.lengths.numpy().copy()
+        self.groups = examples.groups.numpy().copy()
         self.batch_size, self.seed, self.steps, self.start = batch_size, seed, steps, start
         self.share, self.window, self.pieces, self.of = share, window * batch_size, pieces, of
 

@@ -333,8 +333,14 @@ def test_padding_is_under_15_percent_on_shapes(made):
     assert sum(int((b.roles == PAD).sum()) for b in batches) < 0.15 * sum(b.roles.numel() for b in batches)
 
 
-def test_workers_and_the_training_process_read_the_same_batches(tmp_path):
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_workers_and_the_training_process_read_the_same_batches(method, tmp_path):
     folder = make_tiny(tmp_path / "data", n=40)
     examples = Examples(Records.read(folder, "train.json"), Tokenizer([]), CONFIG)
-    for a, b in zip(loader(examples, 8, [0, 0], 5, workers=2), loader(examples, 8, [0, 0], 5, workers=0)):
+    working = loader(examples, 8, [0, 0], 5, workers=2)
+    working.multiprocessing_context = method
+    batches = working.batch_sampler  # to send a tensor to a spawned worker frees its memory
+    for own, tensor in ((batches.lengths, examples.lengths), (batches.groups, examples.groups)):
+        assert not np.shares_memory(own, tensor.numpy())
+    for a, b in zip(working, loader(examples, 8, [0, 0], 5, workers=0), strict=True):
         assert all(torch.equal(x, y) for x, y in zip(a[:4], b[:4])) and a.ids == b.ids
