@@ -144,10 +144,10 @@ def chart(title: str, curves: dict[str, dict[int, list[float]]], colors: dict[st
     for name, points in curves.items():
         band = [at(step, max(v)) for step, v in points.items()]
         band += [at(step, min(v)) for step, v in reversed(points.items())]
+        mean = [at(step, np.mean(v)) for step, v in points.items()]
         if len(points) > 1:
             draw.polygon(band, (*colors[name], 50))
-        mean = [at(step, np.mean(v)) for step, v in points.items()]
-        draw.line(mean, colors[name], 2 * fine, "curve")
+            draw.line(mean, colors[name], 2 * fine, "curve")
         for point in mean:
             draw.circle(point, 2 * fine, colors[name])
     image = image.resize((wide, high), Image.Resampling.LANCZOS)

@@ -247,6 +247,7 @@ def test_curves_are_drawn_at_their_values():
     assert min(band) < 18 + 0.1 * 184 and 18 + 0.45 * 184 < max(band) < 18 + 0.55 * 184
     empty = chart("title", {}, {}, 100)  # the control
     assert not any(math.dist(empty.getpixel((end - 3, y)), color) < 60 for y in range(empty.height))
+    assert chart("title", {"mma": {}}, compare.COLORS, 100).tobytes() == empty.tobytes()  # a task val does not ask
     assert chart("title", {"mma": {50: [50.0]}}, compare.COLORS, 100).tobytes() != empty.tobytes()  # one evaluation
 
 
