@@ -34,8 +34,8 @@ from tqdm import tqdm
 from data.llava import Batch, Examples, leave_group, loader
 from draw import chart, frame, join, legend, text
 from nanoaki import IMAGE, MASKS, Config, Tokenizer, load_file
-from train import (Run, Settings, answer_all, blind_score, choose_device, fail, flag, good,
-                   in_bfloat16, keep_freed_memory, make_parser, prepare, same_flags, score, settle)
+from train import (Run, Settings, answer_all, choose_device, examine, fail, flag, good, in_bfloat16,
+                   keep_freed_memory, make_parser, prepare, same_flags, settle)
 
 # An entry: the mask that it is trained with, and the one that it is tested with.
 ENTRIES = {name: (name, name) for name in MASKS}
@@ -206,12 +206,10 @@ def ask_all(run: Run, examples: Examples, mask: str) -> dict:
     """A run's last weights on all examples: accuracies, blind, F1 and yes-rate of exist."""
     run.model.eval()
     indices = list(range(len(examples)))
-    given = answer_all(run.model, examples, indices, mask, **run.how)
-    right, counts = score(examples, indices, given)
+    given, scores = examine(run.model, examples, indices, mask, **run.how)
     said = [(examples[i].answer.strip() == "yes", answer == "yes")
             for i, answer in zip(indices, given) if examples[i].task == "exist"]
-    return {"accuracy": right, "questions": counts, **yes_no(said),
-            "blind": blind_score(run.model, examples, indices, mask=mask, **run.how)}
+    return scores | yes_no(said)
 
 
 def yes_no(said: list[tuple[bool, bool]]) -> dict:

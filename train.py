@@ -332,12 +332,19 @@ def score(examples: Examples, indices: list[int], given: list[str]) -> tuple[dic
             {task: len(hit) for task, hit in sorted(hits.items())})
 
 
-def blind_score(model: NanoAKI, examples: Examples, indices: list[int], **how) -> dict[str, float]:
-    """Accuracy by task with another record's pictures; nothing where there is no other picture."""
-    other = other_pictures(examples, indices)
-    if not any(other.values()):
-        return {}
-    return score(examples, indices, answer_all(model, examples, indices, pictures=other, **how))[0]
+def examine(model: NanoAKI, examples: Examples, indices: list[int], mask: str | None = None,
+            blind: bool = True, **how) -> tuple[list[str], dict]:
+    """The answers to some examples, and by task accuracy, number of questions and accuracy blind.
+
+    Blind is with another record's pictures, and empty where there is no other picture.
+    """
+    given = answer_all(model, examples, indices, mask, **how)
+    scores = dict(zip(("accuracy", "questions"), score(examples, indices, given)))
+    if blind:
+        other = other_pictures(examples, indices)
+        scores["blind"] = score(examples, indices, answer_all(
+            model, examples, indices, mask, other, **how))[0] if any(other.values()) else {}
+    return given, scores
 
 
 def percent(share: float | None) -> str:
@@ -370,12 +377,12 @@ def good(batch: Batch | ValueError) -> Batch:
 # What a run shows --------------------------------------------------------------------------------
 
 
-def results_table(right: dict, blind: dict, counts: dict) -> str:
-    """Accuracy by task, and blind: the same questions about another record's picture."""
+def results_table(accuracy: dict, questions: dict, blind: dict) -> str:
+    """What examine has found, a line a task."""
     lines = [f"{'task':<12}{'accuracy':>10}{'blind':>10}{'questions':>11}"]
-    for task in sorted(counts, key=lambda task: (task == "all", task)):
-        lines.append(f"{task:<12}{percent(right[task]):>10}{percent(blind.get(task)):>10}"
-                     f"{counts[task]:>11,}")
+    for task in sorted(questions, key=lambda task: (task == "all", task)):
+        lines.append(f"{task:<12}{percent(accuracy[task]):>10}{percent(blind.get(task)):>10}"
+                     f"{questions[task]:>11,}")
     return "\n".join(lines)
 
 
@@ -620,11 +627,9 @@ class Run:
         indices = indices[:s.eval_sample if instruct else 50]  # captions are long, and only watched
         self.model.eval()
         loss = held_out_loss(self.objective, examples, indices, stage.mask)
-        given = answer_all(self.model, examples, indices, stage.mask, **self.how)
-        scores = dict(zip(("accuracy", "questions"), score(examples, indices, given)))
+        given, scores = examine(self.model, examples, indices, stage.mask, instruct, **self.how)
         note = f"exact match {scores['accuracy']['all']:.1%}"
         if instruct:
-            scores["blind"] = blind_score(self.model, examples, indices, **self.how)
             note += f" (blind {percent(scores['blind'].get('all'))})"
         self.model.train()
         self.log(stage=stage.name, step=self.step, train_loss=train_loss, val_loss=loss, **scores,
@@ -648,16 +653,14 @@ def test(run: Run, examples: Examples, split: str) -> None:
         dist.barrier()  # until model.pt is written
     model = NanoAKI.load(run.out / "model.pt").to(run.device)
     indices = list(range(len(examples)))
-    given = answer_all(model, examples, indices, **run.how)
-    right, counts = score(examples, indices, given)
-    blind = blind_score(model, examples, indices, **run.how)
-    run.log(stage=split, step=run.settings.steps, accuracy=right, blind=blind, questions=counts)
+    given, scores = examine(model, examples, indices, **run.how)
+    run.log(stage=split, step=run.settings.steps, **scores)
     shown = np.random.default_rng(0).permutation(len(indices))[:12].tolist()
     if run.rank == 0:
         draw_samples(examples, shown, [given[i] for i in shown]).save(run.out / "samples.png")
     run.evaluated += time.perf_counter() - start
     print(f"\n{split} split, exact match of generated answers:\n"
-          f"{results_table(right, blind, counts)}\n"
+          f"{results_table(**scores)}\n"
           f"some of them, with pictures: {run.out / 'samples.png'}")
 
 
