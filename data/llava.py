@@ -352,9 +352,10 @@ class Batches(Sampler):
     """Indices of each step's batch, from step `start` to `steps`: a pure function of (seed, step).
 
     Every example comes once an epoch, but for the last few that fill no batch. Up to `share`
-    examples about the same pictures stand together. A window of batches is sorted by length, those
-    within a third of each other counting as equal: little padding, and batches still mixed. A batch
-    comes whole, or as some pieces of the number that it is cut into.
+    examples about the same pictures stand together. A batch comes whole, or as some pieces of the
+    number that it is cut into. A window of batches whose padding would be 15% or more is sorted by
+    length, those within a third of each other counting as equal. Others stay mixed: batches of
+    like examples learn worse (shapes' stage 1: 62% of captions right, sorted, and 96%, mixed).
     """
 
     def __init__(self, examples: "Examples", batch_size: int, seed: list[int], steps: int,
@@ -377,7 +378,10 @@ class Batches(Sampler):
         order = order[:len(order) // self.batch_size * self.batch_size]
         for at in range(0, len(order), self.window):
             part, bounds = order[at:at + self.window], [0.0]
-            for length in np.unique(self.lengths[part]):
+            lengths = self.lengths[part].reshape(-1, self.batch_size)
+            if lengths.mean() > 0.85 * lengths.max(1).mean():
+                continue
+            for length in np.unique(lengths):
                 if length > 1.35 * bounds[-1]:
                     bounds.append(length)
             classes = np.searchsorted(bounds, self.lengths[part], side="right")
