@@ -124,7 +124,7 @@ class Config:
     vocab_size: int = knob(512, "tokens, at most: more of them make sequences shorter")
     block_size: int = knob(128, "positions: the longest sequence, visual tokens included")
     n_layer: int = knob(4, "decoder blocks: relations need depth, time grows in proportion")
-    n_head: int = knob(3, "decoder attention heads; divides n_embd")
+    n_head: int = knob(6, "decoder attention heads, dividing n_embd: few are late with relations")
     n_embd: int = knob(96, "decoder width: time grows with its square")
     image_size: int = knob(96, "pixels: side of the square that pictures are fitted into")
     patch_size: int = knob(16, "pixels: side of a ViT patch; divides image_size")

@@ -108,7 +108,7 @@ def refused(capsys, main, *argv):
     (["--steps", "0"], ["steps", "at least 1"]),
     (["--preset", "huge"], ["huge", "nano, small, base"]),
     (["--mask", "open"], ["open", "causal, mma"]),
-    (["--n-embd", "100"], ["n_embd 100", "n_head 3"]),
+    (["--n-embd", "100"], ["n_embd 100", "n_head 6"]),
     (["--block-size", "30"], ["block_size 30", "36"]),
     (["--device", "tpu"], ["tpu", "cpu"]),
     (["--lr", "nan"], ["lr", "nan"]),
