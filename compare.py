@@ -2,8 +2,8 @@
 Train every mask on equal terms: the same weights to begin with, data, order and steps.
 
     python compare.py --masks causal,dot,image,prefix,mma --seeds 3
-    python compare.py --masks causal,mma --seeds 1 --steps 600 --lr 0.0035    # a first look
-    python compare.py --resume                                                # go on after Ctrl-C
+    python compare.py --resume      # go on after Ctrl-C
+    python compare.py --masks causal,mma --seeds 1 --steps 1000 --lr 0.0035 --out out/first
 
 For every seed stage 1 is trained once, then stage 2 from its weights for each entry: a mask, or
 dot, the paper's dual-order baseline, or mma@eval, the weights of causal tested under MMA.
@@ -19,12 +19,12 @@ import sys
 import time
 import traceback
 from collections import defaultdict
-from contextlib import redirect_stderr, redirect_stdout, suppress
+from contextlib import ExitStack, redirect_stderr, redirect_stdout, suppress
 from dataclasses import asdict, replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import NamedTuple, TextIO
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -33,9 +33,10 @@ from tqdm import tqdm
 
 from data.llava import Batch, Examples, leave_group, loader
 from draw import chart, frame, join, legend, text
-from nanoaki import IMAGE, MASKS, Config, Tokenizer, load_file
-from train import (Run, Settings, answer_all, choose_device, examine, fail, flag, good, in_bfloat16,
-                   keep_freed_memory, make_parser, prepare, same_flags, settle)
+from nanoaki import IMAGE, MASKS, Config, Tokenizer, load_file, write_whole
+from train import (Run, Settings, answer_all, choose_device, examine, fail, flag, good, hold,
+                   in_bfloat16, keep_freed_memory, make_parser, prepare, refuse_used, same_flags,
+                   settle)
 
 # An entry: the mask that it is trained with, and the one that it is tested with.
 ENTRIES = {name: (name, name) for name in MASKS}
@@ -44,14 +45,19 @@ NOTES = {
     "dot": "causal, with the prompt before the picture in every other batch, tested with the "
            "picture first; stage 1 is shared, where the paper's doubles both stages",
     "mma@eval": "the weights of causal, tested under MMA (arXiv 2505.18605)",
-    "leaky": "a lesson, no method: pictures see the answer, so its loss falls and teaches nothing"}
+    "leaky": "a lesson, not a method: image rows see the answer, so the loss falls although "
+             "nothing is learned"}
 COLORS = {"causal": (0, 114, 178), "dot": (86, 180, 233), "image": (0, 158, 115),
           "prefix": (204, 121, 167), "mma": (213, 94, 0), "leaky": (130, 130, 130)}
 GROUPS = {"perception": ["at", "attr"], "existence": ["exist"],  # as the paper's MME, POPE,
           "spatial": ["count", "where", "rel"],                  # CV-Bench 2D
           "two steps": ["hop", "max", "sum"]}
+BASES = ("causal", "mma")  # every entry's difference to them is shown
 TRIED = (0.5, 1, 2)  # times the default learning rate: causal chooses
 FREE = ("out", "workers", "save_every")  # may change on resume: they change no number
+# results.json: what is asked for, where it is run, and what came of it.
+KEYS = {"given", "settings", "config", "lr", "entries", "seeds", "jobs", "threads", "machine",
+        "runs", "seconds"}
 
 
 class Job(NamedTuple):
@@ -180,6 +186,9 @@ def work(pipe: Connection, job: Job, results: dict) -> dict:
                                 / "last.pt"))
         mask = ENTRIES[job.entry][0]
     state = load_file(out / "last.pt") if (out / "last.pt").exists() else None
+    if not state and job.name in results["runs"]:
+        raise ValueError(f"{out / 'last.pt'}: what was trained is gone and cannot be tested under "
+                         f"another mask: put it back, or begin anew with another --out")
     start = state or (load_file(s.init) if s.init else None)
     config = replace(Config(**start["config"]) if start else config,
                      mask=mask, dropout=config.dropout)
@@ -275,34 +284,19 @@ def predict(results: dict) -> float:
             stage = "align" if job.entry == "align" else "instruct"
             new = job.name not in results["runs"]  # else only tests are missing
             asked = len(examples) * (len(tested_as(results, job)) + (job in trials(results)) * new)
-            asked += s.eval_sample * math.ceil(s.steps / s.eval_every) * (stage == "instruct") * new
+            if stage == "instruct":
+                sample = min(s.eval_sample, len(stages[-1].held_out))
+                asked += sample * math.ceil(s.steps / s.eval_every) * new
             phases[stage, job in trials(results)].append(  # answers: own pictures, then blind
                 beginning + steps_of(results, job) * took[stage] * new + 2 * asked * answer)
     at_once = results["jobs"] if s.device == "cpu" else 1  # a GPU is shared by its runs
     return sum(max(max(times), sum(times) / at_once) for times in phases.values())
 
 
-def hold(folder: Path) -> TextIO:
-    """A lock on a folder as long as it is open; raises ValueError if another process has it."""
-    lock = open(folder / "lock", "w")
-    with suppress(ImportError):  # Windows has none
-        import fcntl
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{folder}: another compare.py is at work there") from None
-    return lock
-
-
 def save(results: dict) -> None:
     """Write results.json, whole or not at all."""
-    path = Path(results["settings"]["out"]) / "results.json"
-    part = path.with_suffix(".part")
-    with open(part, "w") as f:
-        json.dump(results, f, indent=1)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(part, path)
+    text = json.dumps(results, indent=1).encode()
+    write_whole(Path(results["settings"]["out"]) / "results.json", lambda f: f.write(text))
 
 
 def launch(job: Job, results: dict) -> tuple[Connection, multiprocessing.Process]:
@@ -382,7 +376,7 @@ def interval(values: list[float]) -> tuple[float, float]:
 
 
 def runs_of(results: dict, entry: str) -> list[dict]:
-    """The runs of an entry, a seed each."""
+    """The runs of an entry, one per seed."""
     return [results["runs"][Job(weights_of(entry), seed, stage_2_lr(results)).name]
             for seed in results["seeds"]]
 
@@ -417,7 +411,8 @@ def figures(results: dict, entry: str, run: dict) -> dict[str, float]:
     found = {title: accuracy_of(test["accuracy"], test["questions"], known[title])
              for title in known}
     return found | {
-        "**all**": 100 * test["accuracy"]["all"], "over causal": math.nan,
+        "**all**": 100 * test["accuracy"]["all"],
+        **{f"over {name}": math.nan for name in BASES},
         "blind": 100 * test["blind"].get("all", math.nan),
         "exist: F1": 100 * test.get("f1", math.nan), "exist: yes": 100 * test.get("yes", math.nan),
         "training loss": run["curve"][-1]["train_loss"], "parameters": run["parameters"],
@@ -438,14 +433,14 @@ def markdown(head: list[str], rows: dict[str, list[str]]) -> str:
 
 
 def tested(results: dict) -> dict[str, list[dict]]:
-    """entry -> its runs, a seed each; without those of which one has diverged."""
+    """Entry -> its runs, one per seed; without entries of which a run has diverged."""
     found = {entry: runs_of(results, entry) for entry in results["entries"]}
     return {entry: runs for entry, runs in found.items()
             if not any("diverged" in run for run in runs)}
 
 
 def table(results: dict) -> str:
-    """Markdown: a row an entry, means over seeds ± 95% intervals, differences seed by seed.
+    """Markdown: one row per entry, means over seeds ± 95% intervals, differences seed by seed.
 
     Raises ValueError if runs differ in their number of parameters: the terms would not be equal.
     """
@@ -454,12 +449,16 @@ def table(results: dict) -> str:
     sizes = {own["parameters"] for row in rows.values() for own in row}
     if len(sizes) > 1:
         raise ValueError(f"these runs differ in their number of parameters: {sizes}")
-    base = [(own["**all**"], own["time"]) for own in rows.get("causal", ())]
-    for entry, row in rows.items():
-        for own, (accuracy, seconds) in zip(row, base or [(math.nan, math.nan)] * len(row)):
-            own["over causal"] = math.nan if entry == "causal" else own["**all**"] - accuracy
-            own["time"] /= seconds
-    forms = {"over causal": "+.1f", "training loss": ".3f", "parameters": ",.0f", "time": ".2f"}
+    for name in BASES:
+        for entry, row in rows.items():
+            for own, base in zip(row, rows.get(name, ())) if entry != name else ():
+                own[f"over {name}"] = own["**all**"] - base["**all**"]
+    seconds = [own["time"] for own in rows.get("causal", ())]
+    for row in rows.values():
+        for own, base in zip(row, seconds or [math.nan] * len(row)):
+            own["time"] /= base
+    forms = {"training loss": ".3f", "parameters": ",.0f", "time": ".2f"}
+    forms |= {f"over {name}": "+.1f" for name in BASES}
     cells = {entry: {title: cell([own[title] for own in row][:1 if title == "parameters" else None],
                                  forms.get(title, ".1f")) for title in row[0]}
              for entry, row in rows.items()}
@@ -471,7 +470,7 @@ def table(results: dict) -> str:
 
 
 def table_by_task(results: dict) -> str:
-    """Markdown: a column a task, causal's accuracy, of other entries the differences to it."""
+    """Markdown: one column per task, causal's accuracy, and of other entries the differences."""
     tasks = tasks_of(results)
     own = {entry: [[100 * run["tests"][entry]["accuracy"][task] for run in runs] for task in tasks]
            for entry, runs in tested(results).items()}
@@ -481,25 +480,45 @@ def table_by_task(results: dict) -> str:
     return markdown(["entry", *(f"`{task}`" for task in tasks)], rows)
 
 
+def learning_curves(results: dict, tasks: list[str]) -> dict[str, dict[int, list[float]]]:
+    """Entry -> step -> accuracy in percent on validation questions of some tasks, by seed."""
+    curves = {}
+    for entry, runs in tested(results).items():
+        curve = curves[weights_of(entry)] = {}
+        for line in (line for run in runs for line in run["curve"]):
+            value = accuracy_of(line["accuracy"], line["questions"], tasks)
+            if not math.isnan(value):
+                curve.setdefault(line["step"], []).append(value)
+    return curves
+
+
+def table_by_step(results: dict) -> str:
+    """Markdown: one column per evaluation, ten at most: accuracy on all of its questions."""
+    curves = learning_curves(results, ["all"])
+    steps = sorted(next(iter(curves.values()), []))
+    shown = steps[::-1][::math.ceil(len(steps) / 10) or 1][::-1]
+    return markdown(["steps", *(f"{step:,}" for step in shown)], {
+        entry: [f"{np.mean(curve[step]):.1f}" for step in shown]
+        for entry, curve in curves.items()})
+
+
 def draw_curves(results: dict) -> Image.Image:
     """Learning curves on the validation split, a panel for all tasks and one for each group."""
-    runs = {weights_of(entry): runs for entry, runs in tested(results).items()}
-    colors, panels = {entry: COLORS.get(entry, (0, 0, 0)) for entry in runs}, []
-    for title, tasks in ({"all": ["all"]} | grouped(results)).items():
-        curves = {entry: {} for entry in runs}
-        for entry in runs:
-            for line in (line for run in runs[entry] for line in run["curve"]):
-                value = accuracy_of(line["accuracy"], line["questions"], tasks)
-                if not math.isnan(value):
-                    curves[entry].setdefault(line["step"], []).append(value)
-        panels.append(chart(title.strip("`"), curves, colors, results["settings"]["steps"]))
+    names = dict.fromkeys(weights_of(entry) for entry in tested(results))
+    colors = {name: COLORS.get(name, (0, 0, 0)) for name in names}
+    panels = [chart(title.strip("`"), learning_curves(results, tasks), colors,
+                    results["settings"]["steps"])
+              for title, tasks in ({"all": ["all"]} | grouped(results)).items()]
     rows = [join(panels[n:n + 3], gap=14) for n in range(0, len(panels), 3)]
-    note = (f"accuracy (%) over steps of stage 2, on at most {results['settings']['eval_sample']} "
-            f"questions of the validation split: "
+    note = (f"accuracy (%) over steps of stage 2, {sample_of(results)}: "
             + ("mean of the seeds, and from the least to the greatest"
                if len(results["seeds"]) > 1 else "one seed"))
-    names = legend(list(colors.items()), rows[0].width)
-    return frame(join([names, *rows, text(note, "gray")], down=True, gap=10))
+    key = legend(list(colors.items()), rows[0].width)
+    return frame(join([key, *rows, text(note, "gray")], down=True, gap=10))
+
+
+def sample_of(results: dict) -> str:
+    return f"on at most {results['settings']['eval_sample']} questions of the validation split"
 
 
 def report(results: dict) -> str:
@@ -512,15 +531,20 @@ def report(results: dict) -> str:
     s, split = Settings(**results["settings"]), next(iter(results["runs"].values()))["split"]
     spread = ": means over the seeds ± 95% interval (Student's t), differences seed by seed"
     parts = [
-        f"`{command}`: {results['seconds'] / 60:.0f} min on {results['machine']}. Seeds: "
+        f"`{command}`: {results['seconds'] / 60:.0f} min on {results['machine']}, runs at once: "
+        f"{results['jobs']}, CPU threads of each: {results['threads']}. Seeds: "
         f"{', '.join(map(str, seeds))}.",
         f"Accuracy in percent on the {split} split, with the last weights"
         f"{spread * (len(seeds) > 1)}. Training loss: mean of the last "
         f"{(s.steps - 1) % s.eval_every + 1} steps.", table(results)]
     if "causal" in tested(results):
-        parts[1] += " Time: of a training step, beside the other runs, causal's being 1."
+        parts[1] += (" Time: of one training step" + ", other runs going on beside it"
+                     * (results["jobs"] > 1) + "; causal's is 1.")
         parts += ["By task, accuracy of `causal`, and the differences to it:",
                   table_by_task(results)]
+    if tested(results):
+        parts += [f"By steps of stage 2, accuracy {sample_of(results)}"
+                  + ", means over the seeds" * (len(seeds) > 1) + ":", table_by_step(results)]
     if tried:
         lr = chosen_lr(results)
         edge = ", at the edge of what was tried" * (lr in (tried[0].lr, tried[-1].lr))
@@ -552,20 +576,22 @@ def settled(given: dict, resume: bool) -> dict:
         raise ValueError("--mask is for one run: choose with --masks")
     if "WORLD_SIZE" in os.environ:
         raise ValueError("start it without torchrun: it runs processes of its own, --jobs")
-    masks, n, jobs = (given.pop(name, None) for name in ("masks", "seeds", "jobs"))
+    masks, n, jobs = given.pop("masks", None), given.pop("seeds", None), given.get("jobs")
     for name, value in (("jobs", jobs), ("seeds", n)):
         if value is not None and value < 1:
             raise ValueError(f"--{name} must be at least 1, not {value}")
-    given.setdefault("out", default_out(given))
     path = Path(given["out"]) / "results.json"
     if resume:
         try:
             results = json.loads(path.read_text())
-            Settings(**results["settings"]), Config(**results["config"]), results["jobs"]
+            if set(results) != KEYS or set(results["settings"]) != set(asdict(Settings())):
+                raise ValueError("it holds other things than this version writes")
+            Settings(**results["settings"]), Config(**results["config"])
             saved = results["settings"] | results["config"] | {"lr": results["lr"] or "tried"}
-        except (OSError, ValueError, KeyError, TypeError) as e:
+        except (OSError, ValueError, TypeError) as e:
             raise ValueError(f"{path}: no comparison of this version to go on with ({e})") from None
-        same_flags(given, saved, FREE)
+        same_flags({name: value for name, value in given.items()
+                    if value != results["given"].get(name)}, saved, (*FREE, "jobs"))
         results["settings"] |= {name: given[name] for name in FREE if name in given}
     else:
         settings, config, _ = settle(given, False)
@@ -578,11 +604,10 @@ def settled(given: dict, resume: bool) -> dict:
         results = {"given": given, "settings": asdict(settings), "config": asdict(config),
                    "lr": given.get("lr"), "seconds": 0.0, "runs": {},
                    "jobs": jobs or (min(cores, 4) if device.type == "cpu" else 1),
-                   "machine": f"{reason.removeprefix('device: ')}, torch {torch.__version__}, "}
+                   "machine": f"{reason.removeprefix('device: ')}, torch {torch.__version__}"}
         results["threads"] = max(1, cores // results["jobs"])  # also kept, as the device
-        results["machine"] += (f"runs at once: {results['jobs']}, CPU threads of each: "
-                               f"{results['threads']}")
-    results["jobs"] = jobs or results["jobs"]
+    if jobs:
+        results["jobs"] = results["given"]["jobs"] = jobs
     first = results["settings"]["seed"]
     if masks is not None or not resume:
         masks = "causal,dot,image,prefix,mma" if masks is None else masks
@@ -598,7 +623,12 @@ def settled(given: dict, resume: bool) -> dict:
 
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
-    parser = make_parser(__doc__)
+    parser = make_parser(
+        __doc__, mask=argparse.SUPPRESS, resume="go on with the comparison in --out",
+        out="directory for it (default out/compare- and the name of the data)",
+        lr="Muon's peak in stage 2 (default: causal chooses of "
+           + ", ".join(f"{Settings.lr * times:g}" for times in TRIED) + ")",
+        eval_every="steps between evaluations (default: a tenth of --steps)")
     parser.add_argument("--masks", default=argparse.SUPPRESS, metavar="NAMES",
                         help=f"of {', '.join(ENTRIES)} (default causal,dot,image,prefix,mma); "
                              "with --resume the whole list anew: what is trained is kept")
@@ -610,27 +640,34 @@ def main(argv: list[str] | None = None) -> None:
     resume = given.pop("resume")
     for number in (signal.SIGINT, signal.SIGTERM):  # also where a shell's & ignores the former
         signal.signal(number, signal.default_int_handler)
+    given["out"] = given.get("out") or default_out(given)
+    out, stack = Path(given["out"]), ExitStack()
     try:
+        if resume and (out / "results.json").exists():  # before it is read: who holds it may write
+            stack.enter_context(hold(out))
         results = settled(given, resume)
-        out = Path(results["settings"]["out"])
         if left := sum(not finished(results, job) for job in all_jobs(results)):
             minutes = math.ceil(predict(results) / 60)
             if results["settings"]["device"] == "cuda":
                 torch.cuda.empty_cache()  # for the runs
             print(f"runs: {left}, at once: {results['jobs']}, CPU threads of each: "
                   f"{results['threads']}, minutes: about {minutes}", flush=True)
+        if not resume:
             out.mkdir(parents=True, exist_ok=True)
-        with hold(out):
-            train_all(results)
-            print(report(results))
+            stack.enter_context(hold(out))
+            refuse_used(out)  # again: another may have come and gone while this one predicted
+        train_all(results)
+        print(report(results))
     except KeyboardInterrupt:
-        if (Path(given["out"]) / "results.json").exists():
+        if (out / "results.json").exists():
             argv = argv if resume else ["--out", given["out"], "--resume"]
-            print(f"stopped; what was trained is kept, and this goes on:\n  "
+            print(f"stopped; what was trained is kept; to go on:\n  "
                   f"{shlex.join(['python', 'compare.py', *argv])}", file=sys.stderr)
         raise SystemExit(130)
     except (ValueError, OSError, FloatingPointError) as e:
         fail(e)
+    finally:
+        stack.close()
 
 
 if __name__ == "__main__":

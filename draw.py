@@ -130,7 +130,7 @@ def legend(entries: list[tuple[str, tuple]], room: int) -> Image.Image:
 
 def chart(title: str, curves: dict[str, dict[int, list[float]]], colors: dict[str, tuple],
           last: int) -> Image.Image:
-    """Percent over steps, of name -> step -> values: their mean, and a band of all of them."""
+    """Percent over steps, one curve per name: the mean of its values, and a band of all of them."""
     wide, high, left, under, fine = 330, 220, 32, 18, 3  # drawn finer, then made smaller
     image = Image.new("RGB", (fine * wide, fine * high), "white")
     draw = ImageDraw.Draw(image, "RGBA")
@@ -281,7 +281,7 @@ def mask_text(roles: Tensor, labels: list[str], masks: list[str], width: int, fa
 
 
 def word_batch(questions: list[str], answers: list[str | None], visual_tokens: int):
-    """roles (B, T) and labels of questions, a token a word; pictures stand at <image>, or first."""
+    """roles (B, T) and labels of questions, a word a token; pictures stand at <image>, or first."""
     words: list[str] = []
 
     def encode(string: str) -> list[int]:
@@ -406,7 +406,7 @@ def heat_maps(picture: Image.Image, maps: Tensor, top: float) -> list[Image.Imag
 
 
 def map_rows(title: str, picture: Image.Image, names: list[str], rows: dict[str, Tensor]):
-    """Rows of heat maps, a column a name, each row with the scale that it is drawn on."""
+    """Rows of heat maps, one column per name, each row with the scale that it is drawn on."""
     share = np.linspace(0, 1, LABEL - GAP)[None, :, None].repeat(LINE // 2, 0)
     ramp = 50 * (1 - share) + share * np.array(HOT)
     columns = [padded(text(name, limit=THUMB), (THUMB, LINE)) for name in names[:MOST]]
@@ -517,7 +517,8 @@ def main(argv: list[str] | None = None) -> None:
                 raise ValueError(f"--visual-tokens must be 1 to 4096, not {visual}")
             answers = args.answer or [None]
             if len(answers) not in (1, len(args.ask)):
-                raise ValueError(f"{len(answers)} times --answer for {len(args.ask)} questions")
+                raise ValueError(f"{len(answers)} answers for {len(args.ask)} questions: "
+                                 f"give one, or one for each")
             answers *= len(args.ask) if len(answers) == 1 else 1
             roles, labels = word_batch(args.ask, answers, visual)
             if args.out == "-":

@@ -1,5 +1,5 @@
 """
-nanoAKI: modality-mutual attention (MMA, arXiv 2503.02597) in a vision-language model to be read.
+nanoAKI: modality-mutual attention (MMA, arXiv 2503.02597), in a vision-language model to read.
 
 A picture becomes visual tokens, they stand before the question, and one decoder reads both. Where
 the mask is causal, as in other decoder-only models, the visual tokens never see the question. MMA
@@ -110,6 +110,7 @@ def make_mask(name: str, roles: Tensor) -> Tensor:
         raise ValueError(f"mask {name!r} is none of {', '.join(MASKS)}")
     return MASKS[name](roles)
 
+
 # Configuration ----------------------------------------------------------------------------------
 
 
@@ -124,7 +125,7 @@ class Config:
     vocab_size: int = knob(512, "tokens, at most: more of them make sequences shorter")
     block_size: int = knob(128, "positions: the longest sequence, visual tokens included")
     n_layer: int = knob(4, "decoder blocks: relations need depth, time grows in proportion")
-    n_head: int = knob(6, "decoder attention heads, dividing n_embd: few are late with relations")
+    n_head: int = knob(6, "decoder attention heads; divides n_embd: few learn relations late")
     n_embd: int = knob(96, "decoder width: time grows with its square")
     image_size: int = knob(96, "pixels: side of the square that pictures are fitted into")
     patch_size: int = knob(16, "pixels: side of a ViT patch; divides image_size")
@@ -368,8 +369,8 @@ class NanoAKI(nn.Module):
             raise ValueError("there is no target to learn: all are -100")
         return F.cross_entropy(self.decoder.head(x[learned]).float(), targets[learned])
 
-    # Generation: the given part once, then a token a step. Nothing given ever attends to an answer,
-    # so its keys and values can be kept, and each step needs one row of the same mask.
+    # Generation: the given part once, then one token per step. Nothing given ever attends to an
+    # answer, so its keys and values can be kept, and each step needs one row of the same mask.
 
     @torch.no_grad()
     def stream(self, images: Tensor | None, tokens: Tensor, roles: Tensor, max_new_tokens: int,
@@ -484,12 +485,15 @@ def choose(logits: Tensor, temperature: float, top_k: int | None) -> Tensor:
     return torch.multinomial((logits / temperature).softmax(-1), 1)[:, 0]
 
 
-def save_file(state: dict, path) -> None:
-    """Write a file whole or not at all: beside path, flushed to disk, renamed; raises OSError."""
+def write_whole(path, write) -> None:
+    """Write a file whole or not at all: beside path, flushed to disk, renamed; raises OSError.
+
+    write is called with the open binary file.
+    """
     part = f"{path}.part"
     try:
         with open(part, "wb") as f:
-            torch.save({"nanoaki": 1} | state, f)
+            write(f)
             f.flush()
             os.fsync(f.fileno())
         os.replace(part, path)
@@ -499,6 +503,11 @@ def save_file(state: dict, path) -> None:
         if isinstance(e, (OSError, RuntimeError)):  # torch.save raises the latter on a full disk
             raise OSError(f"{path} cannot be written, what it held is whole: {e}") from e
         raise
+
+
+def save_file(state: dict, path) -> None:
+    """Write a checkpoint, whole or not at all; raises OSError."""
+    write_whole(path, lambda f: torch.save({"nanoaki": 1} | state, f))
 
 
 def load_file(path) -> dict:

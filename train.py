@@ -17,7 +17,7 @@ import signal
 import sys
 import time
 from collections import defaultdict
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -30,7 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data import shapes
-from data.llava import Batch, Examples, Records, loader
+from data.llava import Batch, Examples, Records, loader, pictures_of
 from nanoaki import PRESETS, Config, NanoAKI, Tokenizer, knob, load_file, pad_batch, save_file
 
 
@@ -51,11 +51,11 @@ class Settings:
     lr: float = knob(0.0035, "Muon's peak in stage 2; 0.01 destroys what stage 1 has learned")
     adamw_lr: float = knob(0.002, "AdamW's peak in both stages: embeddings, norms and biases")
     weight_decay: float = knob(0.0, "pull of matrices towards 0, times learning rate: for few data")
-    warmup: int = knob(50, "steps in which the learning rate rises; then a cosine takes it to 0")
+    warmup: int = knob(50, "steps in which the learning rate rises, under a cosine that ends at 0")
     eval_every: int = knob(500, "steps of stage 2 between evaluations")
     eval_sample: int = knob(500, "held-out questions in each of them; the final test takes all")
     save_every: float = knob(60.0, "seconds between checkpoints: what a crash can cost")
-    share: int = knob(7, "questions about a picture in a batch: it is encoded once for them all")
+    share: int = knob(7, "questions about a picture that stand together: a batch encodes it once")
     workers: int = knob(1, "processes that read and decode pictures; 0: the training process")
     augment: bool = knob(False, "vary pictures in ways that keep answers true: for few pictures")
     skip_bad: bool = knob(False, "leave bad records out, counted, where the run would be refused")
@@ -117,16 +117,21 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def make_parser(about: str) -> Parser:
-    """A parser of a flag for every setting, and of --resume, for a script with that docstring."""
+def make_parser(about: str, **helps: str) -> Parser:
+    """A parser of --resume and a flag for every setting, for a script with that docstring.
+
+    helps replaces the help of flags that mean another thing there.
+    """
     parser = Parser(description=about.strip().splitlines()[0])
     for title, cls in (("training", Settings), ("model; defaults of preset nano", Config)):
         group = parser.add_argument_group(title)
         for f in fields(cls):
             how = {"action": "store_true"} if f.default is False else {"type": type(f.default)}
             group.add_argument(flag(f.name), **how, default=argparse.SUPPRESS,
-                               help=f"{f.metadata['help']} (default {f.default!r})")
-    parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
+                               help=helps.get(f.name,
+                                              f"{f.metadata['help']} (default {f.default!r})"))
+    parser.add_argument("--resume", action="store_true",
+                        help=helps.get("resume", "go on with the run in --out"))
     return parser
 
 
@@ -353,7 +358,7 @@ def percent(share: float | None) -> str:
 
 @torch.no_grad()
 def held_out_loss(objective: Objective, examples: Examples, indices: list[int], mask: str,
-                  batch_size: int = 250) -> float:
+                  batch_size: int) -> float:
     """Mean loss over the answer tokens of some examples, in nats; every process takes a share."""
     rank, world = rank_and_world()
     loss = count = 0
@@ -378,7 +383,7 @@ def good(batch: Batch | ValueError) -> Batch:
 
 
 def results_table(accuracy: dict, questions: dict, blind: dict) -> str:
-    """What examine has found, a line a task."""
+    """What examine has found, one line per task."""
     lines = [f"{'task':<12}{'accuracy':>10}{'blind':>10}{'questions':>11}"]
     for task in sorted(questions, key=lambda task: (task == "all", task)):
         lines.append(f"{task:<12}{percent(accuracy[task]):>10}{percent(blind.get(task)):>10}"
@@ -447,7 +452,9 @@ class Run:
             self.parallel = torch.compile(self.parallel)
         if self.world > 1:
             self.parallel = DistributedDataParallel(self.parallel)
-        self.how = {"dtype": settings.dtype, "batch_size": min(250, 4 * settings.batch_size)}
+        parts = self.world * settings.grad_accum  # evaluation fits where training does
+        self.how = {"dtype": settings.dtype,
+                    "batch_size": min(250, max(1, 4 * settings.batch_size // parts))}
         self.stage = self.step = 0
         self.best = math.inf    # lowest held-out loss of stage 2: that of model.pt
         self.losses = []        # of each step since the last evaluation
@@ -465,8 +472,8 @@ class Run:
                 size = (self.out / "metrics.jsonl").stat().st_size
                 self.metrics.truncate(min(state["metrics"], size))
             if state["world"] != self.world:
-                print(f"{state['world']} processes began this run and {self.world} go on: sums are "
-                      f"rounded otherwise, so it is no longer bit-identical")
+                print(f"this run began with {state['world']} processes and goes on with "
+                      f"{self.world}: sums round differently, so it is no longer bit-identical")
         self.saved = time.perf_counter()
         self.began = self.saved - seconds
         self.make_optimizers()
@@ -529,7 +536,7 @@ class Run:
             if self.stop:
                 self.save()
         if self.stop:
-            print(f"stopped; {self.out / 'model.pt'} can be asked, and this goes on:\n"
+            print(f"stopped; {self.out / 'model.pt'} can be asked; to go on:\n"
                   f"  {self.goes_on}", flush=True)
             raise SystemExit(128 + self.stop)
 
@@ -538,9 +545,10 @@ class Run:
 
         Raises the problem of this process after a checkpoint, and SystemExit in the others.
         """
-        summed, signals, problems = total(number, self.signal, float(problem is not None),
+        mine = self.signal  # read once: a later signal is for the next time that all agree
+        summed, signals, problems = total(number, mine, float(problem is not None),
                                           device=self.device)
-        self.stop = self.signal or (signal.SIGTERM if signals else 0)
+        self.stop = mine or (signal.SIGTERM if signals else 0)
         if problems:
             self.save()
             raise problem or SystemExit(2)
@@ -603,7 +611,7 @@ class Run:
         """One step of the optimizers; returns the loss, or raises FloatingPointError."""
         s = self.settings
         seed = s.seed * 10 ** 9 + self.stage * 10 ** 8 + self.step
-        torch.manual_seed((seed * self.world + self.rank) % 2 ** 63)  # dropout, on resume
+        torch.manual_seed((seed * self.world + self.rank) % 2 ** 63)  # dropout: as ever, on resume
         loss = self.gradient(parts, stage.mask)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0).item()
         share = schedule(self.step, stage.steps, s.warmup)
@@ -626,7 +634,8 @@ class Run:
         indices = np.random.default_rng(0).permutation(len(examples)).tolist()
         indices = indices[:s.eval_sample if instruct else 50]  # captions are long, and only watched
         self.model.eval()
-        loss = held_out_loss(self.objective, examples, indices, stage.mask)
+        loss = held_out_loss(self.objective, examples, indices, stage.mask,
+                             self.how["batch_size"])
         given, scores = examine(self.model, examples, indices, stage.mask, instruct, **self.how)
         note = f"exact match {scores['accuracy']['all']:.1%}"
         if instruct:
@@ -679,6 +688,11 @@ def read_data(settings: Settings) -> tuple[Path, dict[str, Records]]:
     if "val" not in records:
         records["train"], records["val"] = records["train"].split(0.05, 0)
         print(f"no val.json: {len(records['val']):,} records are held out, by picture")
+        if "captions" in records:  # else stage 1 would teach what is held out
+            before = len(records["captions"])
+            records["captions"] = records["captions"].without(
+                {picture for record in records["val"] for picture in pictures_of(record)})
+            print(f"and {before - len(records['captions']):,} captions of their pictures left out")
     return folder, records
 
 
@@ -725,17 +739,44 @@ def prepare(settings: Settings, config: Config, start: dict | None):
 
 
 def same_flags(given: dict, saved: dict, free: tuple[str, ...]) -> None:
-    """Raise ValueError for a flag that was another when it began; the free change no number."""
+    """Raise ValueError for a flag that was another when it began; the free are not compared."""
     for name, value in given.items():
         if name not in free and value != saved[name]:
             raise ValueError(f"--resume: {flag(name)} was {saved[name]!r} when it began, not "
                              f"{value!r}; leave it out, or choose another --out")
 
 
+def refuse_used(folder: Path) -> None:
+    """Raise ValueError if a folder for a new run holds more than one killed at its very start."""
+    if folder.exists() and (not folder.is_dir() or any(
+            f.stat().st_size and f.suffix != ".part" for f in folder.iterdir())):
+        raise ValueError(f"{folder} already holds something: go on with --resume if it is a run, "
+                         f"or choose another --out")
+
+
+@contextmanager
+def hold(folder: Path):
+    """Keep other processes out of a folder; raises ValueError if one is at work there."""
+    lock = open(folder / "lock", "w")
+    with suppress(ImportError):  # Windows has none
+        import fcntl
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # flock's would outlive it in loaders
+        except (BlockingIOError, PermissionError):
+            raise ValueError(f"{folder}: another process is at work there") from None
+    try:
+        yield
+    finally:
+        with lock, suppress(OSError):
+            os.remove(lock.name)
+
+
 def settle(given: dict, resume: bool) -> tuple[Settings, Config, dict | None]:
     """Settings and config of the flags given, and the checkpoint to start from, if any."""
     settings = Settings(**pick(Settings, given))
     out = Path(settings.out or Path("out") / Path(settings.data).name)
+    if not resume:
+        refuse_used(out)
     if resume:
         start = load_file(out / "last.pt")
         known = {f.name for f in fields(Settings)}
@@ -745,10 +786,6 @@ def settle(given: dict, resume: bool) -> tuple[Settings, Config, dict | None]:
                    free=("out", "device", "workers", "save_every", "vocab_size"))
         settings = Settings(**start["settings"] | pick(Settings, given))
         config = Config(**start["config"])
-    elif out.exists() and (not out.is_dir() or any(  # a run killed before its first checkpoint
-            f.stat().st_size and f.suffix != ".part" for f in out.iterdir())):
-        raise ValueError(f"{out} already holds something: go on with --resume if it is a run, or "
-                         f"choose another --out")
     elif settings.init:
         start, own = load_file(settings.init), ("mask", "dropout")
         if NanoAKI.load(settings.init).tokenizer is None:
@@ -778,7 +815,8 @@ def main(argv: list[str] | None = None) -> None:
         dist.init_process_group("nccl" if gpu else "gloo")
     rank, world = rank_and_world()
     try:
-        with redirect_stdout(open(os.devnull, "w")) if rank else nullcontext():
+        with (redirect_stdout(open(os.devnull, "w")) if rank else nullcontext(),
+              ExitStack() as stack):
             settings, config, state = settle(given, resume)
             device, reason = choose_device(settings.device, settings.dtype)
             print(reason + (f", {world} processes" if world > 1 else ""))
@@ -787,6 +825,10 @@ def main(argv: list[str] | None = None) -> None:
             keep_freed_memory()  # from here on: what reading took is given back
             out = Path(settings.out)
             out.mkdir(parents=True, exist_ok=True)
+            if rank == 0:
+                stack.enter_context(hold(out))
+                if not resume:
+                    refuse_used(out)  # again: another run may have come and gone meanwhile
             run = Run(settings, model, stages, device, state if resume else None)
             if rank == 0:
                 about = {"settings": asdict(settings), "config": asdict(model.config)}

@@ -135,7 +135,7 @@ class Records:
                 before, asked = before + size + 2, size + 2
             talk = [{"from": t["from"], "value": t["value"]} for t in turns]
             kept = {"id": str(record.get("id", number)), "image": pictures,
-                    "task": str(record.get("task", "")), "conversations": talk}
+                    "task": str(record.get("task") or ""), "conversations": talk}
             packed += zlib.compress(json.dumps(kept).encode(), 1)
             ends.append(len(packed))
             numbers.append(number)
@@ -215,6 +215,12 @@ class Records:
                     if (first(key) in held) == held_out)
 
         return Records(self.path, side(False), self.skipped), Records(self.path, side(True))
+
+    def without(self, pictures: set[str]) -> "Records":
+        """The records that show none of these pictures."""
+        kept = ((int(self.numbers[i]), record) for i, record in enumerate(self)
+                if not pictures & set(pictures_of(record)))
+        return Records(self.path, kept, self.skipped)
 
     def texts(self, limit: int, seed: int = 0) -> Iterator[str]:
         """All text of the records, in an order drawn from seed, up to limit bytes."""

@@ -179,14 +179,16 @@ def make(folder: Path, seed: int = 0, scenes: int = 20000, held_out: int = 600,
 
 
 def command(make: Callable, dataset: str) -> None:
-    parser = argparse.ArgumentParser(description=f"make the {dataset} dataset", allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=f"make the {dataset} dataset", allow_abbrev=False,
+                                     usage=argparse.SUPPRESS)  # errors are one line
     parser.add_argument("--seed", type=int, default=0, help="others give other scenes (default 0)")
     parser.add_argument("--scenes", type=int, default=20000, help="to train on (default 20000)")
     parser.add_argument("--out", type=Path, help=f"folder (default data/{dataset}-seed<seed>)")
     args = parser.parse_args()
     try:
-        if args.scenes < 1:
-            raise ValueError(f"--scenes must be at least 1, not {args.scenes}")
+        if args.scenes < 1 or args.seed < 0:
+            raise ValueError(f"--scenes must be at least 1 and --seed 0, not {args.scenes} and "
+                             f"{args.seed}")
         folder = args.out or Path(__file__).parent / f"{dataset}-seed{args.seed}"
         make(folder, args.seed, args.scenes)
     except (ValueError, OSError) as e:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -57,6 +58,17 @@ def start(*argv, **kwargs) -> subprocess.Popen:
     return subprocess.Popen([sys.executable, str(ROOT / "train.py"), *map(str, argv)], text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                             env=os.environ | {"OMP_NUM_THREADS": "1"}, **kwargs)
+
+
+@contextmanager
+def held(folder: Path):
+    """A folder that another process is at work in."""
+    code = "import sys, train, pathlib\nwith train.hold(pathlib.Path(sys.argv[1])): print('held', flush=True); input()"
+    process = subprocess.Popen([sys.executable, "-c", code, str(folder)], cwd=ROOT, text=True,
+                               stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    line = process.stdout.readline()
+    yield line == "held\n"
+    process.communicate("\n")
 
 
 def weights(path: Path) -> dict:

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ import compare
 from compare import Job, interval, prompt_first, table, work
 from data.llava import Batch
 from draw import chart
-from helpers import ROOT, TINY, make_tiny, same, weights
+from helpers import ROOT, TINY, held, make_tiny, same, weights
 from nanoaki import IMAGE, PROMPT, Config, NanoAKI, Tokenizer, build_sequence, pad_batch
 from train import Run, Settings
 
@@ -99,17 +100,27 @@ def test_results_are_those_of_the_last_weights_under_the_mask_of_the_test(runs, 
     assert list(result["tests"]) == ["causal", "mma@eval"] and "val" in result
     assert [line["step"] for line in result["curve"]] == [20, 40, 60]
     model = NanoAKI.load(last)
-    records = json.loads((tiny / "test.json").read_text())
-    pictures = [Image.open(tiny / record["image"]) for record in records]
-    questions = [record["conversations"][0]["value"].replace("<image>\n", "") for record in records]
-    right = [record["conversations"][1]["value"] for record in records]
 
-    def accuracy(mask):
+    def accuracy(split, mask):
+        records = json.loads((tiny / f"{split}.json").read_text())
+        pictures = [Image.open(tiny / record["image"]) for record in records]
+        questions = [record["conversations"][0]["value"].replace("<image>\n", "") for record in records]
+        right = [record["conversations"][1]["value"] for record in records]
         answers = model.ask(pictures, questions, mask=mask)
         return sum(map(str.__eq__, answers, right)) / len(right)
 
-    assert result["tests"]["causal"]["accuracy"]["all"] == accuracy("causal")
-    assert result["tests"]["mma@eval"]["accuracy"]["all"] == accuracy("mma") != accuracy("causal")
+    causal, mma = result["tests"]["causal"], result["tests"]["mma@eval"]
+    assert causal["accuracy"]["all"] == accuracy("test", "causal") and causal["blind"]
+    assert mma["accuracy"]["all"] == accuracy("test", "mma") != accuracy("test", "causal")
+    assert result["val"] == accuracy("val", "causal") != accuracy("test", "causal")  # what a learning rate is chosen by
+
+
+def test_what_was_trained_and_is_gone_is_not_trained_anew(tmp_path):
+    results = made_up() | {"config": {}}
+    results["settings"] |= {"out": str(tmp_path)}
+    with pytest.raises(ValueError, match="last.pt: what was trained is gone"):
+        work(Silent(), Job("causal", 0, 0.01), results)
+    assert not list(tmp_path.iterdir())
 
 
 # Dual order --------------------------------------------------------------------------------------
@@ -172,19 +183,29 @@ def test_f1_and_yes_rate():
     assert compare.yes_no([(False, False)]) == {}  # nothing that could be found
 
 
+def test_f1_is_of_the_task_exist_alone(monkeypatch):
+    examples = [SimpleNamespace(task=task, answer=answer)
+                for task, answer in (("exist", "yes"), ("exist", "no"), ("sum", "yes"))]
+    monkeypatch.setattr(compare, "examine", lambda *_, **how: (["yes", "no", "no"], {"blind": {}}))
+    run = SimpleNamespace(model=torch.nn.Module(), how={})
+    assert compare.ask_all(run, examples, "mma") == {"blind": {}, "f1": 1.0, "yes": 0.5}
+
+
 def made_up(**changes) -> dict:
     """Results of two entries with three seeds: mma is better by 10, 11 and 12 points."""
-    results = {"given": {"lr": 0.01}, "settings": {"lr": 0.01, "steps": 20, "out": "out", "eval_sample": 9},
-               "lr": 0.01, "seconds": 90.0, "machine": "a machine", "entries": ["causal", "mma"],
+    results = {"given": {"lr": 0.01, "out": "out/compare-shapes", "jobs": 1}, "jobs": 2, "threads": 3,
+               "settings": {"lr": 0.01, "steps": 20, "out": "out", "eval_sample": 9}, "lr": 0.01,
+               "seconds": 90.0, "machine": "a machine", "entries": ["causal", "mma"],
                "seeds": [0, 1, 2], "runs": {}}
     for seed in range(3):
         for entry, more in (("causal", 0.0), ("mma", 0.1 + 0.01 * seed)):
             value = 0.2 + 0.3 * seed + more  # seeds differ far more than entries do
-            test = {"accuracy": {"all": value, "hop": value, "mine": 1.0}, "blind": {"all": 0.1}, "f1": 0.5,
-                    "yes": 0.4, "questions": {"all": 20, "hop": 10, "mine": 10}}
-            line = {"accuracy": test["accuracy"], "questions": test["questions"], "train_loss": 0.5,
+            test = {"accuracy": {"all": value, "hop": value, "mine": 1.0, "at": 0.5, "attr": 0.9}, "f1": 0.7,
+                    "questions": {"all": 24, "hop": 10, "mine": 10, "at": 3, "attr": 1}, "yes": 0.4,
+                    "blind": {"all": 0.1}}
+            line = {"accuracy": test["accuracy"], "questions": test["questions"],
                     "samples_per_second": 100.0 if more else 110.0}
-            curve = [{"step": step} | line for step in (10, 20)]
+            curve = [{"step": step, "train_loss": 0.5 - step / 100} | line for step in (10, 20)]
             results["runs"][Job(entry, seed, 0.01).name] = {"tests": {entry: test}, "curve": curve, "parameters": 7}
     for name, change in changes.items():
         results["runs"][name] |= change
@@ -196,11 +217,36 @@ def test_differences_to_causal_are_taken_seed_by_seed():
                             for line in table(made_up()).splitlines())
     row, base = dict(zip(head, mma, strict=True)), dict(zip(head, causal, strict=True))
     assert row["over causal"] == "+11.0 ± 2.5" and base["over causal"] == "-"
+    assert base["over mma"] == "-11.0 ± 2.5" and row["over mma"] == "-"
     assert row["**all**"] == "61.0 ± 77.0"  # the control: unpaired, nothing can be said
     assert row["time"] == "1.10 ± 0.00" and row["parameters"] == "7" and row["`mine`"] == "100.0 ± 0.0"
-    assert "two steps (hop)" in row
     assert compare.table_by_task(made_up()).splitlines()[2:] == [
-        "| `causal` | 50.0 ± 74.5 | 100.0 ± 0.0 |", "| `mma` | +11.0 ± 2.5 | +0.0 ± 0.0 |"]
+        "| `causal` | 50.0 ± 0.0 | 90.0 ± 0.0 | 50.0 ± 74.5 | 100.0 ± 0.0 |",
+        "| `mma` | +0.0 ± 0.0 | +0.0 ± 0.0 | +11.0 ± 2.5 | +0.0 ± 0.0 |"]
+
+
+def test_every_column_holds_its_own_figure_and_groups_weigh_questions_not_tasks():
+    head, _, causal, _ = ([part.strip() for part in line.split("|")[1:-1]] for line in table(made_up()).splitlines())
+    row = {title: figure.removesuffix(" ± 0.0").removesuffix(" ± 0.000")
+           for title, figure in zip(head, causal, strict=True)}
+    assert row["perception (at, attr)"] == "60.0"  # three of 50%, one of 90%; 70 would be the mean of the tasks
+    assert row["two steps (hop)"] == "50.0 ± 74.5" and row["blind"] == "10.0"
+    assert (row["exist: F1"], row["exist: yes"], row["training loss"]) == ("70.0", "40.0", "0.300")
+
+
+def test_accuracy_by_step_is_the_mean_over_seeds_of_each_training_and_of_ten_steps_at_most():
+    results = made_up() | {"entries": ["causal", "mma", "mma@eval"]}
+    for seed in range(3):
+        curve = results["runs"][f"seed{seed}/mma-0.01"]["curve"]
+        curve[0] = curve[0] | {"accuracy": {"all": 0.1 * seed}}
+        for entry in ("causal", "mma"):
+            results["runs"][f"seed{seed}/{entry}-0.01"]["tests"]["mma@eval"] = {}
+    assert compare.table_by_step(results).splitlines() == [
+        "| steps | 10 | 20 |", "| --- | ---: | ---: |", "| `causal` | 50.0 | 50.0 |", "| `mma` | 10.0 | 61.0 |"]
+    for run in results["runs"].values():
+        run["curve"] = [run["curve"][0] | {"step": step} for step in range(1, 27)]
+    head = compare.table_by_step(results).splitlines()[0]
+    assert head == "| steps | 2 | 5 | 8 | 11 | 14 | 17 | 20 | 23 | 26 |"
 
 
 def test_tasks_may_be_called_as_columns_are_and_hold_what_markdown_does():
@@ -218,17 +264,36 @@ def test_an_entry_that_diverges_is_shown_as_such_and_all_others_as_ever(tmp_path
     results, whole = made_up(), table(made_up()).splitlines()
     results["runs"]["seed1/mma-0.01"] = {"tests": {}, "diverged": "loss nan"}
     lines = table(results).splitlines()
-    assert lines[3].startswith("| `mma` | diverged | - |") and lines[2].startswith("| `causal` | 50.0 ± 74.5 |")
+    assert lines[3].startswith("| `mma` | diverged | - |") and "| 50.0 ± 74.5 |" in lines[2]
     assert len(lines) == len(whole) and {line.count("|") for line in lines} == {lines[0].count("|")}
     assert "`mma`" not in compare.table_by_task(results)
     results["settings"] |= {"out": str(tmp_path), "eval_every": 10}
     results["runs"] |= {"seed0/align": {"tests": {}, "split": "val"}}
     for run in results["runs"].values():
         run |= {"seed": 1, "split": "val"}
-    assert "`mma` diverged (seed 1)" in compare.report(results)
+    said = compare.report(results)
+    assert "`mma` diverged (seed 1)" in said
+    assert said.startswith("`python compare.py --masks causal,mma --seeds 3 --lr 0.01 --jobs 1`: 2 min on a machine, "
+                           "runs at once: 2, CPU threads of each: 3. Seeds: 0, 1, 2.")
     results["runs"]["seed0/causal-0.01"] |= {"tests": {}, "diverged": "loss nan", "seed": 0}
     said = compare.report(results)  # nothing is left to show
     assert "`causal` diverged (seed 0)" in said and "By task" not in said and "| `causal` | diverged |" in said
+
+
+def test_the_report_says_which_learning_rate_causal_chose_and_of_how_many_steps_the_loss_is(tmp_path):
+    results = made_up() | {"lr": None}
+    results["settings"] |= {"out": str(tmp_path), "eval_every": 8}
+    results["runs"] |= {name.replace("0.01", "0.02"): dict(run) for name, run in results["runs"].items()}
+    results["runs"]["seed0/causal-0.005"] = {"tests": {}}
+    for lr, val in ((0.005, 0.5), (0.01, 0.7), (0.02, 0.6)):
+        results["runs"][f"seed0/causal-{lr:g}"] |= {"lr": lr, "val": val}
+    for run in results["runs"].values():
+        run["split"] = "test"
+    said = compare.report(results)
+    assert "for all: 0.01; it is the best" in said and "0.005: 50.0%, 0.01: 70.0%, 0.02: 60.0%" in said
+    assert "the last 4 steps" in said  # 17 to 20
+    results["runs"]["seed0/causal-0.02"]["val"] = 0.9
+    assert "for all: 0.02, at the edge of what was tried; it is" in compare.report(results)
 
 
 def test_runs_of_different_size_are_not_compared():
@@ -273,7 +338,7 @@ def test_causal_chooses_the_learning_rate_before_anything_else_is_trained():
 
 
 @pytest.mark.parametrize("jobs", [1, 2])
-def test_every_run_is_made_once_also_those_that_diverge(jobs, tmp_path, monkeypatch):
+def test_every_run_is_made_once_also_those_that_diverge(jobs, tmp_path, monkeypatch, capsys):
     results = made_up() | {"lr": None, "runs": {}, "jobs": jobs, "threads": 1}
     results["settings"] |= {"align_steps": 5, "init": "", "out": str(tmp_path)}
     tries, started, most = compare.trials(results), [], []
@@ -289,11 +354,13 @@ def test_every_run_is_made_once_also_those_that_diverge(jobs, tmp_path, monkeypa
         elif job in tries:
             found["val"] = 0.1 * job.lr
         ours, theirs = multiprocessing.Pipe()
+        theirs.send(3)  # steps
         theirs.send(found)
         return ours, SimpleNamespace(join=lambda: None, terminate=lambda: None)
 
     monkeypatch.setattr(compare, "launch", launch)
     compare.train_all(results)
+    assert "100%|" in (bar := capsys.readouterr().err) and "| 175/175 [" in bar  # 3 times 5, 8 times 20
     best = tries[2]
     wanted = [*(compare.aligned(seed) for seed in range(3)), *tries, best,  # the best is tested once it is chosen
               *(Job(entry, seed, best.lr) for seed in range(3) for entry in ("causal", "mma"))]
@@ -359,9 +426,9 @@ def test_half_a_comparison_is_gone_on_with_and_ends_as_one_that_was_never_stoppe
         (out / "results.md").read_text().strip()):] and (out / "curves.png").exists()
     compare.main(["--resume", "--out", str(out), "--masks", "causal"])  # nothing to train: chosen of what there is
     assert json.loads((out / "results.json").read_text())["entries"] == ["causal"]
-    with compare.hold(out), pytest.raises(SystemExit):  # as another process would
+    with held(out) as is_held, pytest.raises(SystemExit):
         compare.main(["--resume", "--out", str(out), "--masks", "mma@eval"])
-    assert "another compare.py" in capsys.readouterr().err
+    assert is_held and "another process is at work" in capsys.readouterr().err
     assert json.loads((out / "results.json").read_text())["entries"] == ["causal"]
 
 
@@ -415,12 +482,53 @@ def test_bad_input_gets_one_line_and_leaves_nothing(flags, wanted, tmp_path, cap
 
 
 def test_a_comparison_is_gone_on_with_only_under_its_own_flags(tmp_path, capsys):
-    new = compare.settled({"out": str(tmp_path), "steps": 20, "jobs": 1}, False)
+    new = compare.settled({"out": str(tmp_path), "steps": 20, "jobs": 1, "device": "auto"}, False)
+    assert new["settings"]["eval_every"] == 2  # ten points of a curve
     (tmp_path / "results.json").write_text(json.dumps(new))
+    assert compare.settled({"out": str(tmp_path), "steps": 20, "device": "auto"}, True) == new  # the same once more
     again = compare.settled({"out": str(tmp_path), "jobs": 2}, True)
-    assert again == new | {"jobs": 2}  # and as many threads as before: they change the last digits
+    assert again == new | {"jobs": 2, "given": new["given"] | {"jobs": 2}}  # as many threads: they change last digits
     for flags, wanted in ((["--resume", "--steps", "30"], "--steps was 20"), (["--resume", "--lr", "1"], "was 'tried'"),
                           ([], "already holds")):
         with pytest.raises(SystemExit):
             compare.main([*flags, "--out", str(tmp_path)])
         assert wanted in capsys.readouterr().err
+    for other in ({name: new[name] for name in new if name != "seeds"}, new | {"settings": {"lr": 1}}, [], "no"):
+        (tmp_path / "results.json").write_text(json.dumps(other))
+        with pytest.raises(SystemExit) as ended:
+            compare.main(["--resume", "--out", str(tmp_path)])
+        assert ended.value.code == 2 and "no comparison of this version" in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SystemExit):
+        compare.main(["--resume", "--out", str(tmp_path / "empty")])
+    assert not list((tmp_path / "empty").iterdir())
+
+
+def test_a_comparison_that_another_process_began_meanwhile_is_not_touched(tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out"
+    flags = ["--data", str(make_tiny(tmp_path / "tiny", 12)), "--out", str(out)]
+
+    def begun(results):
+        out.mkdir()
+        (out / "results.json").write_text("another's")
+        return 0.0
+
+    monkeypatch.setattr(compare, "train_all", lambda results: None)
+    monkeypatch.setattr(compare, "report", lambda results: "done")
+    monkeypatch.setattr(compare, "predict", begun)
+    with pytest.raises(SystemExit):
+        compare.main(flags)
+    assert "already holds" in capsys.readouterr().err and (out / "results.json").read_text() == "another's"
+    shutil.rmtree(out)
+
+    def tries(results):
+        with held(out) as is_held:
+            assert not is_held
+
+    monkeypatch.setattr(compare, "predict", lambda results: 0.0)
+    monkeypatch.setattr(compare, "train_all", tries)
+    compare.main(flags)
+    assert "done" in capsys.readouterr().out
+    with held(out) as is_held:
+        assert is_held  # the control: given back
+    assert not list(out.iterdir())

@@ -40,6 +40,17 @@ def test_shapes_depends_on_its_seed_alone(made, tmp_path):
     assert content[0] == content[1] and content[0].keys() == content[2].keys() and content[0] != content[2]
 
 
+@pytest.mark.parametrize("flags, wanted", [
+    (["--scenes", "0"], "--scenes must be at least 1"), (["--scenes", "x"], "invalid int value: 'x'"),
+    (["--seed", "-1"], "--seed 0, not 20000 and -1"), (["--sede", "1"], "unrecognized arguments: --sede")])
+def test_bad_flags_of_the_data_scripts_get_one_line_and_make_nothing(flags, wanted, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["shapes.py", "--out", str(tmp_path / "out"), *flags])
+    with pytest.raises(SystemExit) as ended:
+        shapes.command("shapes", None)
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and wanted in error and error.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
 def test_no_scene_is_in_two_splits(made):
     pictures = {split: {p.read_bytes() for p in (made / "images" / split).iterdir()} for split in ("train", "val", "test")}
     assert [len(p) for p in pictures.values()] == [2500, 200, 200]
@@ -185,13 +196,14 @@ def test_a_conversation_of_n_turns_is_n_examples_with_all_before_as_prompt(tmp_p
     Image.new("RGB", (20, 10), "red").save(tmp_path / "a.png")
     Image.new("RGB", (10, 20), "blue").save(tmp_path / "b.png")
     talk = [("system", "be brief"), ("human", "first <image>"), ("gpt", "red"), ("human", "<image>\nnext"), ("gpt", "blue")]
-    data = [{"id": 1, "image": ["a.png", "b.png"], "conversations": [{"from": s, "value": v} for s, v in talk]},
+    data = [{"id": 1, "image": ["a.png", "b.png"], "task": None, "conversations": [{"from": s, "value": v} for s, v in talk]},
             {"id": 2, "conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "<image> ho"}]}]
     (tmp_path / "train.json").write_text(json.dumps(data))
     examples = Examples(Records.read(tmp_path, "train.json"), Tokenizer([]), CONFIG)
     assert [(e.answer, len(e.pictures)) for e in examples] == [("red", 1), ("blue", 2), ("<image> ho", 0)]
     assert [e.whole[1].count(IMAGE) for e in examples] == [4, 8, 0]
     for e in examples:
+        assert e.task == ""
         tokens = [t for t, r in zip(*e.whole) if r == ANSWER]
         assert tokens == [*e.answer.encode(), Tokenizer.eos]
         assert e.whole[0][:len(e.prompt[0])] == e.prompt[0] and ANSWER not in e.prompt[1]

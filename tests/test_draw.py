@@ -190,7 +190,7 @@ def test_the_command_line_draws_masks_and_attention(model, picture, tmp_path, ca
     (["--ask", "a", "--image", "p.png"], "--image needs --model"),
     (["--ask", "a", "--layer", "1"], "--layer needs --model"),
     (["--ask", "a", "--visual-tokens", "0"], "--visual-tokens must be 1"),
-    (["--ask", "a", "--answer", "b", "c"], "2 times --answer for 1"),
+    (["--ask", "a", "--answer", "b", "c"], "2 answers for 1 question"),
     (["--ask", "a", "--model", "MODEL"], "--model needs --image"),
     (["--ask", "a", "--model", "none.pt", "--image", "p.png"], "none.pt: no such file"),
     (["--ask", "a", "--model", "MODEL", "--image", "none.png"], "none.png: No such file"),

@@ -14,7 +14,7 @@ from PIL import Image
 
 import train
 from data.llava import Examples, Records
-from helpers import ROOT, TINY, kill_and_resume, make_tiny, metrics, start, weights
+from helpers import ROOT, TINY, held, kill_and_resume, make_tiny, metrics, start, weights
 from nanoaki import NanoAKI
 from test_train import refused
 
@@ -49,6 +49,12 @@ def test_without_val_json_a_share_is_held_out_by_picture(tiny, tmp_path, capsys)
     (tmp_path / "train.json").write_text((tiny / "train.json").read_text())
     train.main(["--data", str(tmp_path), "--out", str(tmp_path / "out"), *TINY, *SHORT])
     assert "no val.json: 6 records are held out, by picture" in capsys.readouterr().out
+    (tmp_path / "captions.json").write_text((tiny / "captions.json").read_text())
+    _, records = train.read_data(train.Settings(data=str(tmp_path)))
+    assert "and 3 captions of their pictures left out" in capsys.readouterr().out
+    shown = {name: {picture for record in some for picture in record["image"]} for name, some in records.items()}
+    assert len(shown["val"]) == 3 and not shown["captions"] & shown["val"] and not shown["train"] & shown["val"]
+    assert shown["captions"] == shown["train"]  # the control: nothing else is left out
 
 
 def test_bad_records_are_counted_and_shown_or_skipped_and_counted(tiny, tmp_path, capsys):
@@ -101,6 +107,70 @@ def test_a_second_signal_of_either_kind_ends_at_once(tiny, tmp_path):
         signal.raise_signal(signal.SIGINT)
         assert run.signal == signal.SIGINT
         assert signal.getsignal(signal.SIGINT) == signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_signal_while_processes_agree_waits_for_the_next_time_since_only_one_may_have_had_it(monkeypatch):
+    run = train.Run.__new__(train.Run)
+    run.signal, run.device = 0, None
+
+    def total(*numbers, device):
+        run.signal = signal.SIGTERM  # after this process has said that it had none
+        return numbers
+
+    monkeypatch.setattr(train, "total", total)
+    run.agree()
+    assert run.stop == 0
+    run.agree()
+    assert run.stop == signal.SIGTERM
+
+
+def test_two_runs_that_begin_together_do_not_share_a_folder(tiny, tmp_path, capsys, monkeypatch):
+    command = ["--data", str(tiny), "--out", str(tmp_path / "out"), *TINY, *SHORT]
+    prepare = train.prepare
+
+    def slow(*given):
+        monkeypatch.setattr(train, "prepare", prepare)
+        train.main(command)  # the other, which is faster
+        return prepare(*given)
+
+    monkeypatch.setattr(train, "prepare", slow)
+    with pytest.raises(SystemExit):
+        train.main(command)
+    assert "already holds something" in capsys.readouterr().err
+    assert [line["stage"] for line in metrics(tmp_path / "out")].count("test") == 1
+
+
+def test_a_run_is_resumed_by_one_process_at_a_time_and_by_another_as_soon_as_that_is_killed(tiny, tmp_path, capsys):
+    out = tmp_path / "out"
+    run = start("--data", tiny, *TINY, "--steps", "100000", "--workers", "1", "--save-every", "0", "--out", out)
+    deadline = time.time() + 60
+    while not (out / "last.pt").exists():
+        assert time.time() < deadline and run.poll() is None
+        time.sleep(0.05)
+    with pytest.raises(SystemExit) as ended:
+        train.main(["--resume", "--out", str(out)])
+    assert ended.value.code == 2 and "another process is at work there" in capsys.readouterr().err
+    run.kill()
+    run.communicate()
+    with held(out) as is_held:  # although its loader may live a little longer
+        assert is_held
+
+
+def test_evaluation_takes_no_more_at_once_than_training_has_room_for(tiny, tmp_path, monkeypatch):
+    sizes, generate, loss = {"train": set(), "held out": set(), "answer": set()}, train.NanoAKI.generate, train.NanoAKI.loss
+
+    def generates(self, images, tokens, *given, **how):
+        sizes["answer"].add(len(tokens))
+        return generate(self, images, tokens, *given, **how)
+
+    def losses(self, images, tokens, *given, **how):
+        sizes["train" if torch.is_grad_enabled() else "held out"].add(len(tokens))
+        return loss(self, images, tokens, *given, **how)
+
+    monkeypatch.setattr(train.NanoAKI, "generate", generates)
+    monkeypatch.setattr(train.NanoAKI, "loss", losses)
+    train.main(["--data", str(tiny), "--out", str(tmp_path / "out"), *TINY, *SHORT, "--grad-accum", "16"])
+    assert max(sizes["train"]) == 2 and max(sizes["held out"]) == max(sizes["answer"]) == 8
 
 
 def test_a_folder_of_a_run_killed_before_its_first_checkpoint_can_be_used_again(tiny, tmp_path):
