@@ -30,7 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data import shapes
-from data.llava import Batch, Examples, Records, loader, pictures_of
+from data.llava import Batch, Examples, Records, loader, pictures_of, signals_blocked
 from nanoaki import PRESETS, Config, NanoAKI, Tokenizer, knob, load_file, pad_batch, save_file
 
 
@@ -557,10 +557,12 @@ class Run:
     def train_stage(self, stage: Stage) -> None:
         """Steps of a stage up to its end, or to a signal."""
         s, clock = self.settings, time.perf_counter
-        batches = iter(loader(stage.examples, s.batch_size, [s.seed, self.stage], stage.steps,
-                              self.step, s.share, range(self.rank * s.grad_accum,
-                                                        (self.rank + 1) * s.grad_accum),
-                              self.world * s.grad_accum, workers=s.workers))
+        batches = loader(stage.examples, s.batch_size, [s.seed, self.stage], stage.steps,
+                         self.step, s.share, range(self.rank * s.grad_accum,
+                                                   (self.rank + 1) * s.grad_accum),
+                         self.world * s.grad_accum, workers=s.workers)
+        with signals_blocked():
+            batches = iter(batches)
         examples, seconds = 0, 0.0
         with tqdm(total=stage.steps, initial=self.step, desc=stage.name, unit="step",
                   dynamic_ncols=True, mininterval=0.2 if sys.stderr.isatty() else 30,

@@ -8,11 +8,13 @@ Reads the one format, LLaVA's (data/README.md): records, their examples, and bat
 import json
 import os
 import re
+import signal
 import sys
 import warnings
 import zlib
 from array import array
 from collections import Counter
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Iterable, Iterator, NamedTuple
 
@@ -429,7 +431,26 @@ def _whole(batch: Batch) -> Batch:
     return batch  # __getitems__ has made it
 
 
+GROUP = {signal.SIGINT, signal.SIGTERM}  # what a terminal or a scheduler sends to a whole group
+
+
+@contextmanager
+def signals_blocked():
+    """A process started within gets no signal of its group before it has called leave_group."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, GROUP)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def leave_group(worker: int = 0) -> None:
     """Signals to the group, as Ctrl-C, are for the process that started this one: it ends it."""
     if hasattr(os, "setpgid"):
         os.setpgid(0, 0)
+        while some := signal.sigpending() & GROUP:
+            signal.sigwait(some)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, GROUP)
