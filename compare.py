@@ -34,9 +34,9 @@ from tqdm import tqdm
 from data.llava import Batch, Examples, leave_group, loader
 from draw import chart, frame, join, legend, text
 from nanoaki import IMAGE, MASKS, Config, Tokenizer, load_file, write_whole
-from train import (Run, Settings, answer_all, choose_device, examine, fail, flag, good, hold,
-                   in_bfloat16, keep_freed_memory, make_parser, prepare, refuse_used, same_flags,
-                   settle)
+from sample import choose_device, fail, in_bfloat16
+from train import (Run, Settings, answer_all, examine, flag, good, hold, keep_freed_memory,
+                   make_parser, prepare, refuse_used, same_flags, settle)
 
 # An entry: the mask that it is trained with, and the one that it is tested with.
 ENTRIES = {name: (name, name) for name in MASKS}

@@ -13,6 +13,7 @@ each visual token's state moves from one question to the other.
 import os
 import shutil
 import sys
+import textwrap
 import unicodedata
 from itertools import chain
 from types import SimpleNamespace
@@ -27,8 +28,7 @@ from torch.overrides import TorchFunctionMode
 
 from nanoaki import (ANSWER, IMAGE, MASKS, PAD, PROMPT, NanoAKI, Tokenizer, build_sequence,
                      fit_picture, make_mask, pad_batch)
-from sample import open_picture
-from train import Parser, fail
+from sample import Parser, fail, open_picture
 
 # What a cell of a mask can be: colours differ in lightness too (in L*: 98, 82, 70, 54, 24).
 BLOCKED, PADDING, SEEN, UNLOCKED, DIAGONAL = range(5)
@@ -49,6 +49,8 @@ LABEL = 100                 # longest label
 THUMB = 120                 # side of a picture under a heat map
 HOT = (255, 214, 40)        # the largest weight; at 0 the picture is dark and of little contrast
 MOST = 12                   # heat maps in a row
+SAMPLE = 192                # side of a picture with an answer to it
+RIGHT, WRONG = (0, 96, 0), (192, 0, 0)
 
 
 def cell_states(roles: Tensor, mask: Tensor) -> Tensor:
@@ -160,6 +162,25 @@ def chart(title: str, curves: dict[str, dict[int, list[float]]], colors: dict[st
         x = min(wide - label.width, round(at(step, 0)[0] / fine - label.width / 2))
         image.paste(label, (x, high - label.height))
     return image
+
+
+def draw_samples(examples, indices: list[int], given: list[str]) -> Image.Image:
+    """Pictures of some Examples with question, right answer and the model's; wrong are framed."""
+    cards = []
+    for i, answer in zip(indices, given):
+        example = examples[i]
+        wrong, picture = answer != example.answer.strip(), padded(text(""), (SAMPLE, SAMPLE))
+        if example.pictures:
+            pixels = examples.picture(example.pictures[0]).permute(1, 2, 0).numpy()
+            picture = Image.fromarray(pixels).resize(picture.size, Image.Resampling.NEAREST)
+        if wrong:
+            ImageDraw.Draw(picture).rectangle((0, 0, SAMPLE - 1, SAMPLE - 1), None, WRONG, 4)
+        first, second = (textwrap.wrap(example.question, 34) + ["", ""])[:2]
+        lines = [text(line, limit=SAMPLE) for line in (first, second, f"right: {example.answer}")]
+        lines.append(text(f"model: {answer}", WRONG if wrong else RIGHT, SAMPLE))
+        cards.append(join([picture, *lines], down=True, gap=2))
+    rows = [join(cards[n:n + 4], gap=GAP) for n in range(0, len(cards), 4)]
+    return frame(join(rows, down=True, gap=GAP))
 
 
 # Masks -------------------------------------------------------------------------------------------

@@ -352,14 +352,10 @@ class NanoAKI(nn.Module):
         if a target stands outside ANSWER, and if there is none.
         """
         x = self.hidden(images, tokens, roles, mask)
-        return self.decoder.head(x), None if targets is None else self._loss(x, roles, targets)
+        return self.decoder.head(x), None if targets is None else self.loss(x, roles, targets)
 
-    def loss(self, images: Tensor | None, tokens: Tensor, roles: Tensor, targets: Tensor,
-             mask: str | None = None) -> Tensor:
-        """forward's loss alone: the head then reads only the positions that have a target."""
-        return self._loss(self.hidden(images, tokens, roles, mask), roles, targets)
-
-    def _loss(self, x: Tensor, roles: Tensor, targets: Tensor) -> Tensor:
+    def loss(self, x: Tensor, roles: Tensor, targets: Tensor) -> Tensor:
+        """forward's loss, of hidden's states: the head reads only those that have a target."""
         # Under MMA a loss on the prompt leaks: question word -> image -> earlier question word.
         if bool(((targets != -100) & (roles != ANSWER)).any()):
             raise ValueError("targets outside ANSWER must be -100: nothing given has a loss")

@@ -5,13 +5,78 @@ Ask a trained model about a picture.
     python sample.py --image scene.png               # an interactive prompt
     python sample.py --image left.png right.png --ask "what differs?"   # one question, two pictures
 """
+import argparse
+import difflib
+import os
 import sys
+from pathlib import Path
 
 import torch
 from PIL import Image
 
 from nanoaki import MASKS, NanoAKI
-from train import Parser, autocast, choose_device, fail
+
+# Command line: one clear line where it is wrong, for all scripts ----------------------------------
+
+
+def fail(message) -> None:
+    """One clear line, exit code 2."""
+    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line, and which suggests the nearest flag."""
+
+    def __init__(self, **kwargs):
+        super().__init__(allow_abbrev=False, **kwargs)
+
+    def error(self, message):
+        fail(f"{message} (--help lists the flags)")
+
+    def parse_args(self, args=None, namespace=None):
+        known, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            flags = list(self._option_string_actions)
+            near = difflib.get_close_matches(unknown[0].split("=")[0], flags, 1)
+            hint = f"did you mean {near[0]}?" if near else "--help lists the flags"
+            fail(f"no such flag: {unknown[0]}; {hint}")
+        return known
+
+
+# Device -------------------------------------------------------------------------------------------
+
+
+def choose_device(name: str, dtype: str = "auto") -> tuple[torch.device, str]:
+    """The device asked for, or the best there is, and a line that says why; raises ValueError."""
+    has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name != "auto" and not has.get(name):
+        raise ValueError(f"device {name!r} must be auto or one that torch {torch.__version__} "
+                         f"finds here: {', '.join(d for d in has if has[d])}")
+    device = name if name != "auto" else next(d for d in has if has[d])
+    if device == "cuda":
+        number, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        if number >= gpus:
+            raise ValueError(f"process {number} of this machine has no GPU: there are {gpus}")
+        torch.cuda.set_device(number)
+    why = {"cuda": "a CUDA GPU was found", "mps": "an Apple GPU was found", "cpu": "no GPU found"}
+    what = f"{torch.get_num_threads()} threads"
+    if device == "cuda":
+        what = torch.cuda.get_device_name()
+    what += ", bfloat16" if in_bfloat16(device, dtype) else ", float32"
+    reason = "asked for" if name != "auto" else why[device]
+    return torch.device(device), f"device: {device}, {what} ({reason})"
+
+
+def in_bfloat16(device: str, dtype: str) -> bool:
+    return dtype == "bfloat16" or dtype == "auto" and device == "cuda"
+
+
+def autocast(device: torch.device, dtype: str = "auto") -> torch.autocast:
+    return torch.autocast(device.type, torch.bfloat16, enabled=in_bfloat16(device.type, dtype))
+
+
+# Asking -------------------------------------------------------------------------------------------
 
 
 def open_picture(path: str) -> Image.Image:

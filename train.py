@@ -8,7 +8,6 @@ Train a vision-language model with modality-mutual attention: on captions, then 
 """
 import argparse
 import ctypes
-import difflib
 import json
 import math
 import os
@@ -24,14 +23,15 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data import shapes
 from data.llava import Batch, Examples, Records, loader, pictures_of, signals_blocked
+from draw import draw_samples
 from nanoaki import PRESETS, Config, NanoAKI, Tokenizer, knob, load_file, pad_batch, save_file
+from sample import Parser, autocast, choose_device, fail
 
 
 @dataclass
@@ -86,31 +86,6 @@ class Settings:
 
 
 # Command line ------------------------------------------------------------------------------------
-
-
-def fail(message) -> None:
-    """One clear line, exit code 2."""
-    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
-    raise SystemExit(2)
-
-
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line, and which suggests the nearest flag."""
-
-    def __init__(self, **kwargs):
-        super().__init__(allow_abbrev=False, **kwargs)
-
-    def error(self, message):
-        fail(f"{message} (--help lists the flags)")
-
-    def parse_args(self, args=None, namespace=None):
-        known, unknown = self.parse_known_args(args, namespace)
-        if unknown:
-            flags = list(self._option_string_actions)
-            near = difflib.get_close_matches(unknown[0].split("=")[0], flags, 1)
-            hint = f"did you mean {near[0]}?" if near else "--help lists the flags"
-            fail(f"no such flag: {unknown[0]}; {hint}")
-        return known
 
 
 def flag(name: str) -> str:
@@ -205,35 +180,6 @@ def schedule(step: int, steps: int, warmup: int) -> float:
 # Device and processes ----------------------------------------------------------------------------
 
 
-def choose_device(name: str, dtype: str = "auto") -> tuple[torch.device, str]:
-    """The device asked for, or the best there is, and a line that says why; raises ValueError."""
-    has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name != "auto" and not has.get(name):
-        raise ValueError(f"device {name!r} must be auto or one that torch {torch.__version__} "
-                         f"finds here: {', '.join(d for d in has if has[d])}")
-    device = name if name != "auto" else next(d for d in has if has[d])
-    if device == "cuda":
-        number, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-        if number >= gpus:
-            raise ValueError(f"process {number} of this machine has no GPU: there are {gpus}")
-        torch.cuda.set_device(number)
-    why = {"cuda": "a CUDA GPU was found", "mps": "an Apple GPU was found", "cpu": "no GPU found"}
-    what = f"{torch.get_num_threads()} threads"
-    if device == "cuda":
-        what = torch.cuda.get_device_name()
-    what += ", bfloat16" if in_bfloat16(device, dtype) else ", float32"
-    reason = "asked for" if name != "auto" else why[device]
-    return torch.device(device), f"device: {device}, {what} ({reason})"
-
-
-def in_bfloat16(device: str, dtype: str) -> bool:
-    return dtype == "bfloat16" or dtype == "auto" and device == "cuda"
-
-
-def autocast(device: torch.device, dtype: str = "auto") -> torch.autocast:
-    return torch.autocast(device.type, torch.bfloat16, enabled=in_bfloat16(device.type, dtype))
-
-
 def rank_and_world() -> tuple[int, int]:
     """This process's number and how many there are: 0 and 1 without torchrun."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -267,11 +213,12 @@ class Objective(torch.nn.Module):
     def forward(self, batch: Batch, mask: str) -> Tensor:
         """Mean over the targets of a batch, whose every picture is encoded once."""
         gpu = self.device.type == "cuda"  # on MPS, a copy that does not block may read freed memory
-        images, index, *text = (None if t is None else t.to(self.device, non_blocking=gpu)
-                                for t in batch[:5])
+        images, index, tokens, roles, targets = (
+            None if t is None else t.to(self.device, non_blocking=gpu) for t in batch[:5])
         with autocast(self.device, self.dtype):
             visual = None if images is None else self.model.see(images)[index]
-            loss = self.model.loss(visual, *text, mask=mask)
+            x = self.model.hidden(visual, tokens, roles, mask)
+            loss = self.model.loss(x, roles, targets)
         if images is None:  # the gradient of what sees is then 0: DDP waits for one from everybody
             loss = loss + 0 * sum(p.sum() for part in (self.model.vit, self.model.projector)
                                   for p in part.parameters())
@@ -389,39 +336,6 @@ def results_table(accuracy: dict, questions: dict, blind: dict) -> str:
         lines.append(f"{task:<12}{percent(accuracy[task]):>10}{percent(blind.get(task)):>10}"
                      f"{questions[task]:>11,}")
     return "\n".join(lines)
-
-
-def draw_samples(examples: Examples, indices: list[int], given: list[str]) -> Image.Image:
-    """A grid of pictures with question, right answer and the model's; wrong ones are marked."""
-    columns, side, line, gap = 4, 192, 18, 12
-    rows, wide, high = -(-len(indices) // columns), side + gap, side + 4 * line + gap
-    sheet = Image.new("RGB", (columns * wide + gap, rows * high + gap), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
-
-    def fit(text: str) -> str:  # to the width of a picture
-        while text and draw.textlength(text, font) > side:
-            text = text[:-1]
-        return text
-
-    for n, (i, answer) in enumerate(zip(indices, given)):
-        example, x, y = examples[i], gap + n % columns * wide, gap + n // columns * high
-        wrong = answer != example.answer.strip()
-        if example.pictures:
-            pixels = examples.picture(example.pictures[0]).permute(1, 2, 0).numpy()
-            picture = Image.fromarray(pixels).resize((side, side), Image.Resampling.NEAREST)
-            sheet.paste(picture, (x, y))
-        question, right, answer = (" ".join(t.split()) for t in
-                                   (example.question, example.answer, answer))
-        first = fit(question)
-        if len(first) < len(question) and " " in first:
-            first = first[:first.rindex(" ")]
-        lines = [first, question[len(first):].strip(), f"right: {right}", f"model: {answer}"]
-        for k, text in enumerate(lines):
-            color = "black" if k < 3 else "#c00000" if wrong else "#006000"
-            draw.text((x, y + side + 2 + k * line), fit(text), color, font)
-        if wrong:
-            draw.rectangle((x - 3, y - 3, x + side + 2, y + side + 2), outline="#c00000", width=3)
-    return sheet
 
 
 # The run -----------------------------------------------------------------------------------------

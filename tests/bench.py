@@ -30,8 +30,8 @@ from data.shapes import PLACES  # noqa: E402
 from draw import attention_maps  # noqa: E402
 from helpers import ROOT, kill_and_resume, make_tiny  # noqa: E402
 from nanoaki import ANSWER, IMAGE, MASKS, PRESETS, PROMPT, NanoAKI  # noqa: E402
-from train import (Muon, Settings, autocast, choose_device, keep_freed_memory,  # noqa: E402
-                   make_optimizers, read_data)
+from sample import autocast, choose_device  # noqa: E402
+from train import Muon, Settings, keep_freed_memory, make_optimizers, read_data  # noqa: E402
 
 
 def synchronize(device: torch.device) -> None:
@@ -98,7 +98,8 @@ def bench_steps(args) -> None:
 
     def step(mask):
         with autocast(device):
-            loss = model.loss(model.see(images)[index], tokens, roles, targets, mask)
+            x = model.hidden(model.see(images)[index], tokens, roles, mask)
+            loss = model.loss(x, roles, targets)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:

@@ -186,7 +186,7 @@ def test_a_picture_encoded_once_for_its_questions_gives_the_gradient_of_one_each
     for images in (model.see(batch.images)[batch.index], batch.images[batch.index],
                    batch.images[batch.index.flip(0)]):
         model.zero_grad()
-        model.loss(images, batch.tokens, batch.roles, batch.targets).backward()
+        model(images, batch.tokens, batch.roles, batch.targets)[1].backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
     assert torch.allclose(gradients[0], gradients[1], atol=1e-12)
     assert not torch.allclose(gradients[0], gradients[2], atol=1e-6)

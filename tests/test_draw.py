@@ -1,5 +1,6 @@
 """What draw.py shows is what attention gets and does."""
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -170,6 +171,23 @@ def test_only_under_mma_do_visual_tokens_read_the_question_and_move_with_it(mode
     assert (attention_maps(model, [picture], two[0], "mma").reads > 0).all()
     assert (movement(model, [picture], two, "causal") == 0).all()
     assert (movement(model, [picture], two, "mma") > 0).all()
+
+
+@pytest.mark.parametrize("pictures", [[], ["a.png"]], ids=["no picture", "picture"])
+def test_samples_frame_what_is_wrong_and_only_that(pictures):
+    example = SimpleNamespace(pictures=pictures, question="what color is " + "the thing " * 9, answer="blue ")
+
+    class Some(list):
+        def picture(self, path):
+            return torch.tensor([200, 77, 3], dtype=torch.uint8)[:, None, None].expand(3, 16, 16)
+
+    examples = Some([example])
+    right, wrong = (np.asarray(draw.draw_samples(examples, [0] * 5, ["blue"] * 4 + [last])) for last in ("blue", "red"))
+    assert right.shape == wrong.shape
+    assert not (right == draw.WRONG).all(-1).any() and (right == draw.RIGHT).all(-1).any()
+    y, x = (wrong == draw.WRONG).all(-1).nonzero()  # the fifth stands below the first
+    assert len(y) > 3 * draw.SAMPLE and y.min() > draw.SAMPLE and x.max() < draw.GAP + draw.SAMPLE
+    assert (right == (200, 77, 3)).all(-1).any() == bool(pictures)
 
 
 def test_the_command_line_draws_masks_and_attention(model, picture, tmp_path, capsys):

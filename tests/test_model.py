@@ -160,8 +160,9 @@ def test_loss_without_logits_equals_forwards_loss_and_gradients(mask):
         return torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
 
     logits, loss = model(*batch, mask=mask)
-    short = model.loss(*batch, mask=mask)
-    assert torch.equal(loss, short) and loss != model.loss(*batch, mask="prefix")
+    short = model.loss(model.hidden(*batch[:3], mask), *batch[2:])
+    other = model.loss(model.hidden(*batch[:3], "prefix"), *batch[2:])
+    assert torch.equal(loss, short) and loss != other
     by_hand = gradients(loss_by_hand(logits, batch[3]))
     for ours, full, hand in zip(gradients(short), gradients(loss), by_hand, strict=True):
         assert torch.allclose(ours, full, atol=1e-12) and torch.allclose(ours, hand, atol=1e-5)
@@ -173,11 +174,10 @@ def test_targets_outside_answer_are_refused(model, role):
     roles = text((IMAGE, 4), (PROMPT, 3), (ANSWER, 2), (PAD, 1))
     images, tokens = fill(roles)
     targets = torch.where(roles == ANSWER, tokens, -100)
-    model.loss(images, tokens, roles, targets)
+    model(images, tokens, roles, targets)
     targets[0, (roles[0] == role).nonzero()[-1]] = 0
-    for call in (model, model.loss):
-        with pytest.raises(ValueError, match="ANSWER"):
-            call(images, tokens, roles, targets)
+    with pytest.raises(ValueError, match="ANSWER"):
+        model(images, tokens, roles, targets)
 
 
 def test_examples_without_picture_stand_beside_those_with_one(model):
@@ -196,7 +196,7 @@ def test_a_batch_without_any_picture_works_and_trains(model):
     none = model(None, tokens, roles)[0]
     assert torch.equal(none, model(torch.zeros(0, 3, 8, 8, dtype=torch.uint8), tokens, roles)[0])
     trained = tiny_model()
-    trained.loss(None, tokens, roles, torch.where(roles == ANSWER, tokens, -100)).backward()
+    trained(None, tokens, roles, torch.where(roles == ANSWER, tokens, -100))[1].backward()
     assert trained.decoder.token.weight.grad.abs().sum() > 0
 
 
