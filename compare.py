@@ -143,6 +143,15 @@ def steps_of(results: dict, *jobs: Job) -> int:
                for job in jobs)
 
 
+def steps_done(results: dict, job: Job) -> int:
+    """The steps that a job has behind it, by its results or its checkpoint."""
+    path = Path(results["settings"]["out"]) / job.name / "last.pt"
+    if job.name in results["runs"] or not path.exists():
+        return steps_of(results, job) if job.name in results["runs"] else 0
+    state = load_file(path)
+    return steps_of(results, job) if state["stage"] else state["step"]
+
+
 # One run, in a process of its own ----------------------------------------------------------------
 
 
@@ -163,7 +172,6 @@ class Reporting(Run):
         self.pipe, self.dual = pipe, dual
         whole = shlex.quote(str(self.out.parents[1]))
         self.goes_on = f"python compare.py --out {whole} --resume"
-        pipe.send(sum(stage.steps for stage in self.stages[:self.stage]) + self.step)
 
     def update(self, stage, parts: list[Batch]) -> float:
         if self.dual and self.step % 2:
@@ -204,7 +212,9 @@ def work(pipe: Connection, job: Job, results: dict) -> dict:
     lines = (out / "metrics.jsonl").read_text().splitlines()
     found["curve"] = [json.loads(line) for line in lines]
     if job in trials(results) and "val" not in found:
-        found["val"] = ask_all(run, stages[-1].held_out, mask)["accuracy"]["all"]
+        held_out = stages[-1].held_out
+        found["val"] = examine(run.model.eval(), held_out, list(range(len(held_out))), mask,
+                               blind=False, **run.how)[1]["accuracy"]["all"]
     for entry in tested_as(results, job):
         if entry not in found["tests"]:
             found["tests"][entry] = ask_all(run, examples, ENTRIES[entry][1])
@@ -282,13 +292,14 @@ def predict(results: dict) -> float:
     for job in all_jobs(results):
         if not finished(results, job):
             stage = "align" if job.entry == "align" else "instruct"
-            new = job.name not in results["runs"]  # else only tests are missing
-            asked = len(examples) * (len(tested_as(results, job)) + (job in trials(results)) * new)
-            if stage == "instruct":
-                sample = min(s.eval_sample, len(stages[-1].held_out))
-                asked += sample * math.ceil(s.steps / s.eval_every) * new
-            phases[stage, job in trials(results)].append(  # answers: own pictures, then blind
-                beginning + steps_of(results, job) * took[stage] * new + 2 * asked * answer)
+            asked = 2 * len(examples) * len(tested_as(results, job))  # the second time blind
+            done, held_out = steps_done(results, job), stages[-1].held_out
+            if stage == "instruct" and job.name not in results["runs"]:  # not only to be tested
+                times = math.ceil(s.steps / s.eval_every) - done // s.eval_every
+                asked += 2 * times * min(s.eval_sample, len(held_out))
+                asked += len(held_out) * (job in trials(results))
+            phases[stage, job in trials(results)].append(
+                beginning + (steps_of(results, job) - done) * took[stage] + asked * answer)
     at_once = results["jobs"] if s.device == "cpu" else 1  # a GPU is shared by its runs
     return sum(max(max(times), sum(times) / at_once) for times in phases.values())
 
@@ -316,7 +327,7 @@ def train_all(results: dict) -> None:
     began, running, jobs = time.time() - results["seconds"], {}, all_jobs(results)
     save(results)
     bar = tqdm(total=steps_of(results, *jobs), unit="step", dynamic_ncols=True,
-               initial=steps_of(results, *(job for job in jobs if job.name in results["runs"])),
+               initial=sum(steps_done(results, job) for job in jobs),
                mininterval=0.2 if sys.stderr.isatty() else 60)
     try:
         while True:
@@ -324,7 +335,8 @@ def train_all(results: dict) -> None:
                 started = [job for job, _, _ in running.values()]
                 if len(started) < results["jobs"] and job not in started:
                     pipe, process = launch(job, results)
-                    running[pipe] = job, process, steps_of(results, job)
+                    left = steps_of(results, job) - steps_done(results, job)
+                    running[pipe] = job, process, left
             bar.set_postfix_str(", ".join(job.name for job, _, _ in running.values()), False)
             if not running:
                 return
@@ -335,17 +347,16 @@ def train_all(results: dict) -> None:
                 except (EOFError, OSError):
                     process.join()
                     said = f"{job.name}: ended with exit code {process.exitcode}"
-                new = job.name not in results["runs"]  # else only tests are missing
                 if isinstance(said, int):  # steps
                     running[pipe] = job, process, left - said
-                    bar.update(said * new)
+                    bar.update(said)
                     continue
                 del running[pipe]
                 process.join()
                 if isinstance(said, str):
                     log = f"{results['settings']['out']}/{job.name}/log.txt"
                     raise ValueError(f"{said} (all that it said: {log})")
-                bar.update(left * new)  # a stage without data has none
+                bar.update(left)  # a stage without data has none
                 results["runs"][job.name] = said
                 results["seconds"] = time.time() - began
                 save(results)

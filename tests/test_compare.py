@@ -22,7 +22,7 @@ from compare import Job, interval, prompt_first, table, work
 from data.llava import Batch
 from draw import chart
 from helpers import ROOT, TINY, held, make_tiny, same, weights
-from nanoaki import IMAGE, PROMPT, Config, NanoAKI, Tokenizer, build_sequence, pad_batch
+from nanoaki import IMAGE, PROMPT, Config, NanoAKI, Tokenizer, build_sequence, pad_batch, save_file
 from train import Run, Settings
 
 FLAGS = [*TINY, "--align-steps", "10", "--steps", "60", "--eval-every", "20", "--save-every", "0", "--lr", "0.01"]
@@ -372,9 +372,9 @@ def test_every_run_is_made_once_also_those_that_diverge(jobs, tmp_path, monkeypa
     compare.train_all(results)  # the control: nothing is left
 
 
-def test_the_time_that_is_left_is_told_of_what_is_left_to_do(tiny, monkeypatch):
+def test_the_time_that_is_left_is_told_of_what_is_left_to_do(tiny, tmp_path, monkeypatch):
     given = {"data": str(tiny), "steps": 60, "align_steps": 10, "eval_every": 30, "lr": 0.01, "device": "cpu",
-             "workers": 0, "out": "none", "masks": "causal,mma", "seeds": 2, "jobs": 1, "eval_sample": 50}
+             "workers": 0, "out": str(tmp_path), "masks": "causal,mma", "seeds": 2, "jobs": 1, "eval_sample": 50}
     results, now = compare.settled(given, False) | {"threads": torch.get_num_threads()}, [0.0]
 
     def takes(seconds):
@@ -390,6 +390,14 @@ def test_the_time_that_is_left_is_told_of_what_is_left_to_do(tiny, monkeypatch):
     results["runs"] = {"seed0/align": {"tests": {}}, "seed1/align": {"tests": {}},
                        "seed0/causal-0.01": {"tests": {"causal": {}}}, "seed0/mma-0.01": {"tests": {}}}
     assert compare.predict(results) == pytest.approx(2 * trained + 2 * 0.1 * 80)  # one lacks only its test
+    for step, stage, saved in ((29, 0, 29), (40, 0, 40 + 2 * 0.1 * 50), (0, 1, 60 + 2 * 0.1 * 2 * 50)):
+        (tmp_path / "seed1/mma-0.01").mkdir(parents=True, exist_ok=True)
+        save_file({"step": step, "stage": stage}, tmp_path / "seed1/mma-0.01/last.pt")  # half-trained
+        assert compare.predict(results) == pytest.approx(2 * trained + 2 * 0.1 * 80 - saved)
+    monkeypatch.setitem(results, "lr", None)  # without a rate: two trials more, on val alone
+    results["runs"] = {}
+    (tmp_path / "seed1/mma-0.01/last.pt").unlink()
+    assert compare.predict(results) == pytest.approx(2 * 10 + 4 * trained + 2 * (trained - 2 * 0.1 * 80) + 3 * 0.1 * 80)
 
 
 # The command -------------------------------------------------------------------------------------
@@ -453,11 +461,10 @@ def test_a_run_that_diverges_is_a_result_and_one_that_fails_is_not(tmp_path, mon
 
 
 def test_a_run_that_fails_ends_the_comparison_with_its_reason_in_one_line(tiny, tmp_path, capsys):
-    (tmp_path / "out/seed0/align").mkdir(parents=True)
-    (tmp_path / "out/seed0/align/last.pt").write_text("not a checkpoint")
-    results = compare.settled({"data": str(tiny), "out": str(tmp_path / "new"), "lr": 0.01, "device": "cpu"}, False)
-    results["settings"]["out"] = str(tmp_path / "out")
-    with pytest.raises(ValueError, match="seed0/align.*not a nanoAKI checkpoint.*log.txt"):
+    given = {"data": str(tmp_path / "none"), "out": str(tmp_path / "out"), "lr": 0.01, "device": "cpu"}
+    results = compare.settled(given, False)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ValueError, match="seed0/align.*none/train.json: .*log.txt"):
         compare.train_all(results | {"threads": 1, "jobs": 1})
     assert "Traceback" in (tmp_path / "out/seed0/align/log.txt").read_text()
 
