@@ -370,6 +370,7 @@ def test_every_run_is_made_once_also_those_that_diverge(jobs, tmp_path, monkeypa
     assert not compare.startable(results) and json.loads((tmp_path / "results.json").read_text()) == results
     monkeypatch.setattr(compare, "launch", None)
     compare.train_all(results)  # the control: nothing is left
+    assert "| 175/175 [" in capsys.readouterr().err
 
 
 def test_the_time_that_is_left_is_told_of_what_is_left_to_do(tiny, tmp_path, monkeypatch):
@@ -381,7 +382,8 @@ def test_the_time_that_is_left_is_told_of_what_is_left_to_do(tiny, tmp_path, mon
         return lambda *args, **how: now.__setitem__(0, now[0] + seconds)
 
     monkeypatch.setattr(compare.time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(Run, "update", takes(1.0))
+    monkeypatch.setattr(compare, "good", takes(0.25))  # to read a batch, which takes a core as well
+    monkeypatch.setattr(Run, "update", takes(0.75))
     monkeypatch.setattr(compare, "answer_all", takes(8.0))  # for 80 examples
     trained = 60 + 2 * 0.1 * (2 * 50 + 80)  # two evaluations and the test, each with its blind half
     assert compare.predict(results) == pytest.approx(2 * 10 + 4 * trained)
