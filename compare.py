@@ -145,10 +145,10 @@ def steps_of(results: dict, *jobs: Job) -> int:
 
 def steps_done(results: dict, job: Job) -> int:
     """The steps that a job has behind it, by its results or its checkpoint."""
-    path = Path(results["settings"]["out"]) / job.name / "last.pt"
-    if job.name in results["runs"] or not path.exists():
-        return steps_of(results, job) if job.name in results["runs"] else 0
-    state = load_file(path)
+    last = Path(results["settings"]["out"]) / job.name / "last.pt"
+    if job.name not in results["runs"] and not last.exists():
+        return 0
+    state = {"stage": 1} if job.name in results["runs"] else load_file(last)
     return steps_of(results, job) if state["stage"] else state["step"]
 
 
