@@ -6,6 +6,7 @@ Reads the one format, LLaVA's (data/README.md): records, their examples, and bat
     for batch in loader(examples, batch_size=64, seed=[0], steps=100): ...
 """
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -454,3 +455,5 @@ def leave_group(worker: int = 0) -> None:
         while some := signal.sigpending() & GROUP:
             signal.sigwait(some)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, GROUP)
+        if os.getppid() != multiprocessing.parent_process().pid:
+            sys.exit(1)  # it is dead: torch's own watch begins after this, and would not see it

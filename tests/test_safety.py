@@ -248,6 +248,29 @@ train.main()
     assert (run.returncode == 143) == ("Traceback" not in run.stderr) == blocked, run.stderr
 
 
+@pytest.mark.parametrize("watched", [True, False], ids=["watched", "the control: not watched"])
+def test_a_worker_whose_program_was_killed_while_it_started_ends(tiny, tmp_path, watched):
+    code = """
+import os, signal, sys, time; sys.path.insert(0, sys.argv.pop(1))
+from data import llava
+import train
+leave, pid = llava.leave_group, os.getpid()
+if sys.argv.pop(1) == "False":
+    leave = lambda: None
+llava.leave_group = lambda worker: (os.kill(pid, signal.SIGKILL), time.sleep(0.5), leave())
+train.main()
+"""
+    run = subprocess.Popen([sys.executable, "-c", code, str(ROOT), str(watched), "--data", str(tiny), *TINY, "--workers", "1",
+                            "--out", str(tmp_path / "out")], stdout=subprocess.PIPE, start_new_session=True)
+    assert run.wait(timeout=60) == -signal.SIGKILL
+    try:
+        run.communicate(timeout=8)  # until the worker has closed it as well; torch looks every 5 seconds
+        assert watched
+    except subprocess.TimeoutExpired:
+        os.killpg(run.pid, signal.SIGKILL)
+        assert not watched
+
+
 def test_a_program_that_ends_while_workers_read_for_it_does_not_hang(tiny):
     code = """
 import sys; sys.path.insert(0, sys.argv[1])
