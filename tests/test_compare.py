@@ -46,7 +46,7 @@ def runs(tiny, tmp_path_factory):
     out, seen, found = tmp_path_factory.mktemp("out"), {}, {}
     results = {"lr": None, "seeds": [0, 1], "entries": ["causal", "mma", "dot", "mma@eval"], "runs": {}, "settings":
                asdict(Settings(data=str(tiny), out=str(out), device="cpu", workers=0, batch_size=32, align_steps=10,
-                               steps=60, eval_every=20, save_every=0, lr=0.01)),
+                               steps=60, eval_every=20, lr=0.01)),
                "config": asdict(Config(image_size=16, patch_size=8, n_embd=32, n_head=2, n_layer=2, vit_embd=32,
                                        vit_head=2, vit_layer=1, block_size=64))}
     plain = Run.gradient
@@ -425,9 +425,8 @@ def test_half_a_comparison_is_gone_on_with_and_ends_as_one_that_was_never_stoppe
     assert list(json.loads((out / "results.json").read_text())["runs"]) == ["seed0/align"]
     assert 0 < torch.load(done.with_name("last.pt"), weights_only=True)["step"] < 60
     before = (out / "seed0/align/last.pt").stat().st_mtime_ns
-    process = launch("--resume", "--out", out, "--masks", "causal,mma@eval")
-    said, error = process.communicate(timeout=100)
-    assert process.returncode == 0, error
+    compare.main(["--resume", "--out", str(out), "--masks", "causal,mma@eval"])
+    said = capsys.readouterr().out
     assert (out / "seed0/align/last.pt").stat().st_mtime_ns == before, "what was finished ran again"
     run, wanted = json.loads((out / "results.json").read_text())["runs"]["seed0/causal-0.01"], runs["causal", 0][0]
     assert run["tests"] == wanted["tests"]
