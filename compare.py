@@ -603,7 +603,7 @@ def settled(given: dict, resume: bool) -> dict:
             Settings(**results["settings"]), Config(**results["config"])
             saved = results["settings"] | results["config"] | {"lr": results["lr"] or "tried"}
         except (OSError, ValueError, TypeError) as e:
-            raise ValueError(f"{path}: no comparison of this version to go on with ({e})") from None
+            raise ValueError(f"{path}: no comparison to go on with ({e})") from None
         same_flags({name: value for name, value in given.items()
                     if value != results["given"].get(name)}, saved, (*FREE, "jobs"))
         results["settings"] |= {name: given[name] for name in FREE if name in given}

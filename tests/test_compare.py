@@ -505,7 +505,7 @@ def test_a_comparison_is_gone_on_with_only_under_its_own_flags(tmp_path, capsys)
         (tmp_path / "results.json").write_text(json.dumps(other))
         with pytest.raises(SystemExit) as ended:
             compare.main(["--resume", "--out", str(tmp_path)])
-        assert ended.value.code == 2 and "no comparison of this version" in capsys.readouterr().err
+        assert ended.value.code == 2 and "no comparison to go on with" in capsys.readouterr().err
     (tmp_path / "empty").mkdir()
     with pytest.raises(SystemExit):
         compare.main(["--resume", "--out", str(tmp_path / "empty")])
