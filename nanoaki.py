@@ -3,18 +3,23 @@ nanoAKI: modality-mutual attention (MMA, arXiv 2503.02597), in a vision-language
 
 A picture becomes visual tokens, they stand before the question, and one decoder reads both. Where
 the mask is causal, as in other decoder-only models, the visual tokens never see the question. MMA
-opens that one direction. In the order in which a reader needs it: roles, masks, block, ViT,
-projector, decoder, the model with its generation, tokenizer, and the function that turns text and
-pictures into a sequence.
+opens that one direction. Part one is the model: roles, masks, block, ViT, projector, decoder, and
+generation. Part two is what stands around it: config, tokenizer, sequence, pictures, ask, files.
+
+    python nanoaki.py                                 # two masks, and what they let through
 
     from nanoaki import NanoAKI
     model = NanoAKI.load("out/shapes/model.pt")
-    model.ask(Image.open("scene.png"), "what color is the circle?")
+    model.ask("scene.png", "what color is the circle?")
 """
+from __future__ import annotations
+
 import os
 import re
 from collections import Counter, defaultdict
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -22,37 +27,28 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
-# Roles ------------------------------------------------------------------------------------------
-# Every position of a sequence has one. What is given may be mutual; what is generated is causal.
+# Part one, the model =============================================================================
 
+# Every position of a sequence has a role. What is given may be mutual; what is generated is causal.
 PAD = 0     # padding: sees only itself, and nobody else sees it
 IMAGE = 1   # one position per visual token
 PROMPT = 2  # text that is given: question, earlier turns with their answers, the <answer> marker
 ANSWER = 3  # text that is generated, its <eos> included: the only text with a loss
 
-# Masks ------------------------------------------------------------------------------------------
-# Pure functions of roles, (B, T) -> bool (B, T, T): True where a query (row) sees a key (column).
+
+class Token(NamedTuple):
+    """What a mask, a rule about two tokens, may know of one: tensors that broadcast, or numbers."""
+    place: Tensor  # 0, 1, 2 ... in the row
+    role: Tensor
+    run: Tensor    # text tokens before it: equal for the visual tokens of one unbroken run
 
 
-def _past(roles: Tensor) -> Tensor:
-    """k <= q, before padding is considered."""
-    T = roles.shape[1]
-    return torch.ones(T, T, dtype=torch.bool, device=roles.device).tril().expand(len(roles), T, T)
+def causal(q: Token, k: Token) -> Tensor:
+    """A query sees what stands before it, and itself: every decoder-only model."""
+    return k.place <= q.place
 
 
-def _without_padding(roles: Tensor, seen: Tensor) -> Tensor:
-    """Close `seen` to and from PAD, which sees only itself so that no softmax row is empty."""
-    real = roles != PAD
-    itself = torch.eye(roles.shape[1], dtype=torch.bool, device=roles.device)
-    return seen & real[:, :, None] & real[:, None, :] | itself
-
-
-def causal_mask(roles: Tensor) -> Tensor:
-    """k <= q: every decoder-only model."""
-    return _without_padding(roles, _past(roles))
-
-
-def mma_mask(roles: Tensor) -> Tensor:
+def mma(q: Token, k: Token) -> Tensor:
     """Modality-mutual attention: causal, and every image row also sees every prompt column.
 
     Three visual tokens, a question word, the <answer> marker and two answer tokens
@@ -68,116 +64,68 @@ def mma_mask(roles: Tensor) -> Tensor:
         query A  x x x x x x x
 
     Image to image stays causal. Image to answer stays closed: else the answer would flow through
-    the image rows into the very rows that have to predict it (leaky_mask shows it). Said with roles
-    instead of positions, it holds for several images, text before them, chats and padding. It adds
-    no parameter, and without a prompt it changes nothing.
+    the image rows into the very rows that have to predict it (`leaky` shows it). A loss on the
+    prompt would leak in the same two hops, question word -> image -> earlier question word, so
+    only answers have one. Said with roles instead of positions, the rule holds for several images,
+    text before them, chats and padding. It adds no parameter; without a prompt it changes nothing.
 
-    For one image followed by text it is also two causal attentions: the rows of V over the keys
-    [T_Q ; V] and the text rows over all keys, each with a causal mask aligned to the lower right.
+    For one image followed by text it is two causal attentions: the rows of V over the keys
+    [T_Q ; V], the text rows over all keys, each with a causal mask aligned to the lower right.
     (Positions are already in the keys, so the order of keys is free.)
     """
-    mutual = (roles == IMAGE)[:, :, None] & (roles == PROMPT)[:, None, :]
-    return _without_padding(roles, _past(roles) | mutual)
+    return causal(q, k) | (q.role == IMAGE) & (k.role == PROMPT)
 
 
-def prefix_mask(roles: Tensor) -> Tensor:
-    """k <= q, or both are given, image or prompt: PaliGemma (arXiv 2407.07726)."""
-    given = (roles == IMAGE) | (roles == PROMPT)
-    return _without_padding(roles, _past(roles) | given[:, :, None] & given[:, None, :])
+def prefix(q: Token, k: Token) -> Tensor:
+    """Causal, or both are given, image or prompt: PaliGemma (arXiv 2407.07726)."""
+    return causal(q, k) | (q.role != ANSWER) & (k.role != ANSWER)
 
 
-def image_mask(roles: Tensor) -> Tensor:
-    """k <= q, or both are in one unbroken run of image tokens: Gemma 3 (arXiv 2503.19786)."""
-    image = roles == IMAGE
-    run = (roles >= PROMPT).cumsum(1)  # in one run, two image tokens have as much text before them
-    same = image[:, :, None] & image[:, None, :] & (run[:, :, None] == run[:, None, :])
-    return _without_padding(roles, _past(roles) | same)
+def image_run(q: Token, k: Token) -> Tensor:
+    """Causal, or both are in one unbroken run of visual tokens: Gemma 3 (arXiv 2503.19786)."""
+    return causal(q, k) | (q.role == IMAGE) & (k.role == IMAGE) & (q.run == k.run)
 
 
-def leaky_mask(roles: Tensor) -> Tensor:
+def leaky(q: Token, k: Token) -> Tensor:
     """MMA with the answer open to image rows as well: the control that nobody should train with."""
-    text = (roles == PROMPT) | (roles == ANSWER)
-    return _without_padding(roles, _past(roles) | (roles == IMAGE)[:, :, None] & text[:, None, :])
+    return mma(q, k) | (q.role == IMAGE) & (k.role == ANSWER)
 
 
-MASKS = {"causal": causal_mask, "mma": mma_mask, "prefix": prefix_mask, "image": image_mask,
-         "leaky": leaky_mask}
+MASKS = {"causal": causal, "mma": mma, "prefix": prefix, "image": image_run, "leaky": leaky}
 
 
 def make_mask(name: str, roles: Tensor) -> Tensor:
-    """The mask of that name, bool (B, T, T), of roles (B, T); raises ValueError on no such name."""
+    """The mask of that name, bool (B, T, T), of roles (B, T): True where a query (row) sees a key.
+
+    PAD sees only itself and is seen by nobody else. Raises ValueError on no such name.
+    """
     if name not in MASKS:
         raise ValueError(f"mask {name!r} is none of {', '.join(MASKS)}")
-    return MASKS[name](roles)
+    place = torch.arange(roles.shape[1], device=roles.device)[None]
+    tokens = Token(place, roles, (roles >= PROMPT).cumsum(1))
+    q, k = Token(*(x[:, :, None] for x in tokens)), Token(*(x[:, None, :] for x in tokens))
+    real = (q.role != PAD) & (k.role != PAD)
+    return MASKS[name](q, k) & real | (q.place == k.place)  # itself: no softmax row is empty
 
 
-# Configuration ----------------------------------------------------------------------------------
 
+class Cache:
+    """Keys and values of a block for every position so far, in memory taken once (gpt-fast)."""
 
-def knob(default, help: str):
-    """A dataclass field that explains itself: train.py makes a flag of it."""
-    return field(default=default, metadata={"help": help})
+    def __init__(self, positions: int):
+        self.positions, self.filled, self.store = positions, 0, None
 
-
-@dataclass
-class Config:
-    """The shape of a model; raises ValueError, naming both values, where two do not fit."""
-    vocab_size: int = knob(512, "tokens, at most: more of them make sequences shorter")
-    block_size: int = knob(128, "positions: the longest sequence, visual tokens included")
-    n_layer: int = knob(4, "decoder blocks: relations need depth, time grows in proportion")
-    n_head: int = knob(6, "decoder attention heads; divides n_embd: few learn relations late")
-    n_embd: int = knob(96, "decoder width: time grows with its square")
-    image_size: int = knob(96, "pixels: side of the square that pictures are fitted into")
-    patch_size: int = knob(16, "pixels: side of a ViT patch; divides image_size")
-    merge: int = knob(1, "merge x merge patches make one visual token: 2 makes a quarter of them")
-    vit_layer: int = knob(2, "ViT blocks")
-    vit_head: int = knob(3, "ViT attention heads; divides vit_embd")
-    vit_embd: int = knob(96, "ViT width")
-    dropout: float = knob(0.0, "share of activations dropped in training: helps if data are few")
-    mask: str = knob("mma", "attention mask: " + ", ".join(MASKS))
-
-    def __post_init__(self):
-        for name, value in asdict(self).items():
-            if name not in ("dropout", "mask") and (not isinstance(value, int) or value < 1):
-                raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
-        for name, part in (("n_embd", "n_head"), ("vit_embd", "vit_head"),
-                           ("image_size", "patch_size")):
-            if getattr(self, name) % getattr(self, part):
-                raise ValueError(f"{name} {getattr(self, name)} must be a multiple of "
-                                 f"{part} {getattr(self, part)}")
-        side = self.image_size // self.patch_size
-        if side % self.merge:
-            raise ValueError(f"merge {self.merge} must divide the {side} patches of a side")
-        if self.block_size <= self.visual_tokens:
-            raise ValueError(f"block_size {self.block_size} must be more than the "
-                             f"{self.visual_tokens} visual tokens of one image")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be at least 0 and below 1, not {self.dropout}")
-        if self.mask not in MASKS:
-            raise ValueError(f"mask {self.mask!r} is none of {', '.join(MASKS)}")
-
-    @property
-    def visual_tokens(self) -> int:
-        """Visual tokens of one image."""
-        return (self.image_size // self.patch_size // self.merge) ** 2
-
-
-PRESETS = {
-    # 0.8 M parameters: two CPU cores, minutes
-    "nano": Config(),
-    # 27 M: a consumer GPU, minutes
-    "small": Config(vocab_size=4096, block_size=512, n_layer=8, n_head=6, n_embd=384,
-                    image_size=192, vit_layer=6, vit_head=6, vit_embd=384),
-    # GPT-2 124M and ViT-B/16
-    "base": Config(vocab_size=50257, block_size=1024, n_layer=12, n_head=12, n_embd=768,
-                   image_size=224, vit_layer=12, vit_head=12, vit_embd=768),
-}
-
-# Block: GPT-2's and SigLIP's alike. Only the mask tells a decoder from an encoder ----------------
+    def extend(self, k: Tensor, v: Tensor) -> Tensor:
+        """Append k, v (B, heads, T, C / heads); return (2, B, heads, all so far, C / heads)."""
+        if self.store is None:  # only now is the type known, which autocast decides
+            self.store = k.new_empty(2, *k.shape[:2], self.positions, k.shape[3])
+        start, self.filled = self.filled, self.filled + k.shape[2]
+        self.store[:, :, :, start:self.filled] = torch.stack([k, v])
+        return self.store[:, :, :, :self.filled]
 
 
 class Block(nn.Module):
-    """Pre-LayerNorm attention and MLP (GPT-2; SigLIP's encoder, arXiv 2303.15343)."""
+    """GPT-2's block, and SigLIP's (arXiv 2303.15343): only the mask tells them apart."""
 
     def __init__(self, n_embd: int, n_head: int, dropout: float):
         super().__init__()
@@ -189,28 +137,21 @@ class Block(nn.Module):
         self.up = nn.Linear(n_embd, 4 * n_embd)
         self.down = nn.Linear(4 * n_embd, n_embd)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, is_causal: bool = False,
-                cache: Tensor | None = None, start: int = 0) -> Tensor:
-        """x (B, T, C) -> (B, T, C) under a mask, bool (B, 1, T, keys); None is full attention.
+    def forward(self, x: Tensor, mask: Tensor | None, cache: Cache | None = None) -> Tensor:
+        """x (B, T, C) -> (B, T, C), rows of a mask, bool (B, 1, T, keys); None is full attention.
 
-        With a cache (2, B, heads, positions, C / heads), x holds the positions from start to
-        start + T, and the keys are all positions so far.
+        With a cache, x holds the positions that follow those in it, and the keys are all so far.
         """
         B, T, C = x.shape
         p = self.dropout if self.training else 0.0
         qkv = self.qkv(self.norm1(x)).view(B, T, 3, self.n_head, C // self.n_head)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                            # (B, heads, T, C / heads)
         if cache is not None:
-            cache[0, :, :, start:start + T] = k
-            cache[1, :, :, start:start + T] = v
-            k, v = cache[:, :, :, :start + T].to(q.dtype)
-        y = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=p, is_causal=is_causal)
+            k, v = cache.extend(k, v)
+        y = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=p)
         x = x + F.dropout(self.out(y.transpose(1, 2).reshape(B, T, C)), p)
         y = F.gelu(self.up(self.norm2(x)), approximate="tanh")          # (B, T, 4 C)
         return x + F.dropout(self.down(y), p)
-
-
-# From a picture to visual tokens -----------------------------------------------------------------
 
 
 class ViT(nn.Module):
@@ -230,7 +171,7 @@ class ViT(nn.Module):
         x = images.to(self.position.dtype) / 127.5 - 1                  # -1 to 1
         x = self.patch(x).flatten(2).transpose(1, 2) + self.position    # (N, patches, vit_embd)
         for block in self.blocks:
-            x = block(x)                                                # no mask: all see all
+            x = block(x, mask=None)                                     # all patches see all
         return self.norm(x)
 
 
@@ -252,9 +193,6 @@ class Projector(nn.Module):
         return self.down(F.gelu(self.up(x), approximate="tanh"))
 
 
-# Decoder and model -------------------------------------------------------------------------------
-
-
 class Decoder(nn.Module):
     """GPT-2: token and position embeddings, blocks, LayerNorm, a head tied to the embedding."""
 
@@ -265,11 +203,10 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleList(Block(c.n_embd, c.n_head, c.dropout) for _ in range(c.n_layer))
         self.norm = nn.LayerNorm(c.n_embd)
 
-    def forward(self, x: Tensor, attention: dict, cache: Tensor | None = None,
-                start: int = 0) -> Tensor:
-        """Embeddings (B, T, n_embd) -> states (B, T, n_embd); attention, cache: see Block."""
-        for i, block in enumerate(self.blocks):
-            x = block(x, **attention, cache=None if cache is None else cache[i], start=start)
+    def forward(self, x: Tensor, mask: Tensor, caches: list[Cache] | None = None) -> Tensor:
+        """Embeddings (B, T, n_embd) -> states (B, T, n_embd); one mask for all layers and heads."""
+        for block, cache in zip(self.blocks, caches or [None] * len(self.blocks)):
+            x = block(x, mask, cache)
         return self.norm(x)
 
     def head(self, x: Tensor) -> Tensor:
@@ -277,18 +214,25 @@ class Decoder(nn.Module):
         return F.linear(x, self.token.weight)
 
 
-class NanoAKI(nn.Module):
-    """ViT, projector and decoder under a role mask (arXiv 2503.02597, section 3).
+class Batch(NamedTuple):
+    """What a training step learns from; its flat places, b * T + t, were found on the CPU."""
+    images: Tensor   # uint8 (N, 3, H, W): each picture once; without any, one that is not shown
+    shown: Tensor    # int64 (pictures in the sequences,): which of them stand there, in order
+    tokens: Tensor   # int64 (B, T)
+    roles: Tensor    # int64 (B, T)
+    targets: Tensor  # int64 (B, T), -100 outside ANSWER
+    visual: Tensor   # int64: flat places of the visual tokens
+    learned: Tensor  # int64: flat places that have a target
+    ids: list[str]   # of the records, one per row
+    problem: str     # what was wrong with a record or a picture; "" if nothing
 
-    Raises ValueError if the tokenizer has more tokens than the config's vocab_size.
-    """
 
-    def __init__(self, config: Config, tokenizer: "Tokenizer | None" = None):
+class Model(nn.Module):
+    """ViT, projector and decoder under a role mask (arXiv 2503.02597, section 3)."""
+
+    def __init__(self, config: Config):
         super().__init__()
-        if tokenizer is not None and len(tokenizer) > config.vocab_size:
-            raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, more than the config's "
-                             f"vocab_size {config.vocab_size}")
-        self.config, self.tokenizer = config, tokenizer
+        self.config = config
         self.vit, self.projector, self.decoder = ViT(config), Projector(config), Decoder(config)
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -300,45 +244,24 @@ class NanoAKI(nn.Module):
                 nn.init.normal_(layer.weight, std=0.02 / (2 * len(blocks)) ** 0.5)
 
     def see(self, images: Tensor) -> Tensor:
-        """Visual tokens (N, V, n_embd) of uint8 images (N, 3, H, W).
-
-        Every method takes them in place of images: several questions then share one look. Raises
-        ValueError on images of another type or size.
-        """
-        wanted = (3, self.config.image_size, self.config.image_size)
-        if images.dtype != torch.uint8 or images.shape[1:] != wanted:
-            raise ValueError(f"images must be uint8 (N, {', '.join(map(str, wanted))}), not "
-                             f"{images.dtype} {tuple(images.shape)}")
+        """Visual tokens (N, V, n_embd) of images uint8 (N, 3, H, W)."""
         return self.projector(self.vit(images))
 
-    def embed(self, images: Tensor | None, tokens: Tensor, roles: Tensor) -> Tensor:
-        """Embeddings (B, T, n_embd) of tokens and positions, visual tokens where roles == IMAGE."""
-        c, slots, real = self.config, roles == IMAGE, roles != PAD
-        given = 0 if images is None else len(images)
-        if int(slots.sum()) != given * c.visual_tokens or (slots.sum(1) % c.visual_tokens).any():
-            raise ValueError(f"{int(slots.sum())} IMAGE positions, but {given} images of "
-                             f"{c.visual_tokens} visual tokens")
-        if (longest := int(real.sum(1).max())) > c.block_size:
-            raise ValueError(f"a sequence of {longest} tokens is longer than the model's "
-                             f"{c.block_size} positions")
+    def embed(self, visual: Tensor, places: Tensor, tokens: Tensor, roles: Tensor) -> Tensor:
+        """Embeddings (B, T, n_embd) of tokens, and of visual (n, V, n_embd) at flat places."""
         x = self.decoder.token(tokens)
-        if given:
-            visual = self.see(images) if images.dim() == 4 else images  # (images, V, n_embd)
-            x = x.masked_scatter(slots[..., None], visual.to(x.dtype))
+        x = x.flatten(0, 1).index_copy(0, places, visual.flatten(0, 1).to(x.dtype)).view_as(x)
         x = x + self.decoder.position(positions(roles))
-        return F.dropout(x, c.dropout, self.training)
+        return F.dropout(x, self.config.dropout, self.training)
 
-    def attention(self, roles: Tensor, mask: str | None = None) -> dict:
-        """What a Block needs to attend under a mask, made once for all layers and heads."""
-        mask = mask or self.config.mask
-        if mask == "causal" and bool((roles != PAD).all()):
-            return {"is_causal": True}
-        return {"mask": make_mask(mask, roles)[:, None]}                # (B, 1, T, T)
-
-    def hidden(self, images: Tensor | None, tokens: Tensor, roles: Tensor,
-               mask: str | None = None) -> Tensor:
-        """States after the last LayerNorm, (B, T, n_embd); arguments as in forward."""
-        return self.decoder(self.embed(images, tokens, roles), self.attention(roles, mask))
+    def loss(self, batch: Batch, mask: str | None = None) -> Tensor:
+        """Training's entrance: forward's loss, of a Batch; the host waits for no value of it."""
+        visual = self.see(batch.images)[batch.shown]                    # (shown, V, n_embd)
+        x = self.embed(visual, batch.visual, batch.tokens, batch.roles)
+        x = self.decoder(x, make_mask(mask or self.config.mask, batch.roles)[:, None])
+        x = x.flatten(0, 1)[batch.learned - 1]                          # t - 1 predicts t
+        targets = batch.targets.flatten()[batch.learned]
+        return F.cross_entropy(self.decoder.head(x).float(), targets)
 
     def forward(self, images: Tensor | None, tokens: Tensor, roles: Tensor,
                 targets: Tensor | None = None, mask: str | None = None):
@@ -351,22 +274,39 @@ class NanoAKI(nn.Module):
         Raises ValueError if images and roles do not fit, if a sequence is longer than block_size,
         if a target stands outside ANSWER, and if there is none.
         """
-        x = self.hidden(images, tokens, roles, mask)
-        return self.decoder.head(x), None if targets is None else self.loss(x, roles, targets)
-
-    def loss(self, x: Tensor, roles: Tensor, targets: Tensor) -> Tensor:
-        """forward's loss, of hidden's states: the head reads only those that have a target."""
-        # Under MMA a loss on the prompt leaks: question word -> image -> earlier question word.
-        if bool(((targets != -100) & (roles != ANSWER)).any()):
+        logits = self.decoder.head(self.hidden(images, tokens, roles, mask))
+        if targets is None:
+            return logits, None
+        if ((targets != -100) & (roles != ANSWER)).any():
             raise ValueError("targets outside ANSWER must be -100: nothing given has a loss")
-        x, targets = x[:, :-1], targets[:, 1:]                          # t - 1 predicts t
-        learned = targets != -100
-        if not bool(learned.any()):
+        if not (targets[:, 1:] != -100).any():
             raise ValueError("there is no target to learn: all are -100")
-        return F.cross_entropy(self.decoder.head(x[learned]).float(), targets[learned])
+        before = logits[:, :-1].flatten(0, 1).float()                   # t - 1 predicts t
+        return logits, F.cross_entropy(before, targets[:, 1:].flatten())
 
-    # Generation: the given part once, then one token per step. Nothing given ever attends to an
-    # answer, so its keys and values can be kept, and each step needs one row of the same mask.
+    def hidden(self, images: Tensor | None, tokens: Tensor, roles: Tensor,
+               mask: str | None = None) -> Tensor:
+        """States after the last LayerNorm, (B, T, n_embd); arguments and errors as in forward."""
+        x = self.read(images, tokens, roles)
+        return self.decoder(x, make_mask(mask or self.config.mask, roles)[:, None])
+
+    def read(self, images: Tensor | None, tokens: Tensor, roles: Tensor) -> Tensor:
+        """Embeddings (B, T, n_embd) of what anybody brings, checked; errors as in forward."""
+        c, side = self.config, self.config.image_size
+        if images is None:
+            images = torch.zeros(0, 3, side, side, dtype=torch.uint8, device=tokens.device)
+        if images.dtype != torch.uint8 or images.shape[1:] != (3, side, side):
+            raise ValueError(f"images must be uint8 (N, 3, {side}, {side}), not {images.dtype} "
+                             f"{tuple(images.shape)}")
+        count, longest = (roles == IMAGE).sum(1), int((roles != PAD).sum(1).max())
+        if count.sum() != len(images) * c.visual_tokens or (count % c.visual_tokens).any():
+            raise ValueError(f"{int(count.sum())} IMAGE positions, but {len(images)} images of "
+                             f"{c.visual_tokens} visual tokens")
+        if longest > c.block_size:
+            raise ValueError(f"a sequence of {longest} tokens is longer than the model's "
+                             f"{c.block_size} positions")
+        places = (roles == IMAGE).flatten().nonzero()[:, 0]
+        return self.embed(self.see(images), places, tokens, roles)
 
     @torch.no_grad()
     def stream(self, images: Tensor | None, tokens: Tensor, roles: Tensor, max_new_tokens: int,
@@ -377,25 +317,28 @@ class NanoAKI(nn.Module):
         if min(room) < 1:
             raise ValueError(f"a prompt of {c.block_size - min(room)} tokens leaves no room for an "
                              f"answer in the model's {c.block_size} positions")
+        steps, going = min(max_new_tokens, max(room)), [True] * B
         last = (torch.arange(T, device=roles.device) * (roles != PAD)).argmax(1)  # of what is given
-        steps = min(max_new_tokens, max(room))
-        x = self.embed(images, tokens, roles)                           # (B, T, n_embd)
+        x = self.read(images, tokens, roles)                            # (B, T, n_embd)
         roles = F.pad(roles, (0, steps), value=ANSWER)                  # answers from column T on
-        seen = make_mask(mask or c.mask, roles)[:, None]                # (B, 1, keys, keys)
         position = positions(roles).clamp(max=c.block_size - 1)         # ended rows run on, unread
-        cache = x.new_zeros(c.n_layer, 2, B, c.n_head, T + steps, c.n_embd // c.n_head)
-        going = [True] * B
+        mask = make_mask(mask or c.mask, roles)[:, None]                # (B, 1, all, all)
+        caches = [Cache(T + steps) for _ in self.decoder.blocks]
+        # Prefill: all that is given, once. Under the causal mask the picture's part of the cache
+        # would serve the next question, too; under MMA its keys have read this one: look anew.
+        x = self.decoder(x, mask[:, :, :T, :T], caches)
+        x = x[torch.arange(B, device=x.device), last]                   # (B, n_embd)
         for t in range(T, T + steps):
-            start = 0 if t == T else t - 1
-            x = self.decoder(x, {"mask": seen[:, :, start:t, :t]}, cache, start)
-            x = x[torch.arange(B, device=x.device), last] if t == T else x[:, -1]   # (B, n_embd)
             new = choose(self.decoder.head(x).float(), temperature, top_k)          # (B,)
             ids = new.tolist()
             going = [going[i] and t - T < room[i] and ids[i] != Tokenizer.eos for i in range(B)]
             if not any(going):
                 return
             yield [ids[i] if going[i] else None for i in range(B)]
-            x = (self.decoder.token(new) + self.decoder.position(position[:, t]))[:, None]
+            if t + 1 < T + steps:
+                # Decode: a row of the mask. Nothing given reads an answer: the cache stays right.
+                x = (self.decoder.token(new) + self.decoder.position(position[:, t]))[:, None]
+                x = self.decoder(x, mask[:, :, t:t + 1, :t + 1], caches)[:, 0]
 
     def generate(self, images: Tensor | None, tokens: Tensor, roles: Tensor, max_new_tokens: int,
                  temperature: float = 0.0, top_k: int | None = None,
@@ -403,65 +346,19 @@ class NanoAKI(nn.Module):
         """New ids of each row, without <eos>: the likeliest, or sampled at a temperature above 0.
 
         Arguments as in forward, padded anywhere; top_k keeps that many of the likeliest. A row ends
-        with <eos>, max_new_tokens or the model's last position. Raises ValueError if a prompt
-        leaves no room.
+        with <eos>, max_new_tokens or its last position; a prompt without room is a ValueError.
         """
-        training, rows, how = self.training, [[] for _ in tokens], (temperature, top_k, mask)
+        training, rows = self.training, [[] for _ in tokens]
         self.eval()
         try:
-            for news in self.stream(images, tokens, roles, max_new_tokens, *how):
-                for row, new in zip(rows, news):
-                    row += [] if new is None else [new]
+            for step in self.stream(images, tokens, roles, max_new_tokens, temperature, top_k,
+                                    mask):
+                for row, new in zip(rows, step):
+                    if new is not None:
+                        row.append(new)
         finally:
             self.train(training)
         return rows
-
-    def prompt(self, images: list, questions: list[str]) -> tuple[Tensor | None, Tensor, Tensor]:
-        """images, tokens, roles of questions, each with its PIL image, list of them, or None."""
-        if self.tokenizer is None:
-            raise ValueError("this model has no tokenizer: NanoAKI(config, tokenizer)")
-        if len(images) != len(questions):
-            raise ValueError(f"{len(images)} pictures (or lists) for {len(questions)} questions")
-        pictures = [[i] if isinstance(i, Image.Image) else list(i or []) for i in images]
-        rows = [build_sequence(self.tokenizer, self.config, [("human", question)], len(some))
-                for question, some in zip(questions, pictures)]
-        squares = [fit_picture(image, self.config.image_size) for image in sum(pictures, [])]
-        tokens, roles, _ = (t.to(self.decoder.token.weight.device) for t in pad_batch(rows))
-        return torch.stack(squares).to(tokens.device) if squares else None, tokens, roles
-
-    def ask(self, images, questions: str | list[str], max_new_tokens: int | None = None,
-            **sampling) -> str | list[str]:
-        """The answer to a question about a PIL image, a list of images, or None (no picture).
-
-        With a list of questions, a list of answers: images then is a list of as many of those, or
-        one image for all. max_new_tokens (None: what fits) and sampling (temperature, top_k, mask)
-        are generate's. Raises ValueError where a question and its pictures do not fit the model.
-        """
-        one = isinstance(questions, str)
-        if one or images is None or isinstance(images, Image.Image):
-            images = [images] * (1 if one else len(questions))
-        limit = self.config.block_size if max_new_tokens is None else max_new_tokens
-        prompt = self.prompt(images, [questions] if one else questions)
-        answers = [self.tokenizer.decode(ids) for ids in self.generate(*prompt, limit, **sampling)]
-        return answers[0] if one else answers
-
-    def save(self, path) -> None:
-        """Write config, tokenizer and weights to one file, whole or not at all."""
-        save_file({"config": asdict(self.config), "model": self.state_dict(),
-                   "merges": None if self.tokenizer is None else self.tokenizer.merges}, path)
-
-    @classmethod
-    def load(cls, path) -> "NanoAKI":
-        """The model saved at path, on the CPU, in eval mode; raises ValueError if there is none."""
-        state = load_file(path)
-        try:
-            tokenizer = None if state["merges"] is None else Tokenizer(state["merges"])
-            model = cls(Config(**state["config"]), tokenizer)
-            model.load_state_dict(state["model"])
-        except (KeyError, IndexError, TypeError, AttributeError, RuntimeError, ValueError) as e:
-            reason = " ".join(str(e).split())[:200]
-            raise ValueError(f"{path}: config, tokenizer and weights do not fit: {reason}") from e
-        return model.eval()
 
 
 def positions(roles: Tensor) -> Tensor:
@@ -481,43 +378,79 @@ def choose(logits: Tensor, temperature: float, top_k: int | None) -> Tensor:
     return torch.multinomial((logits / temperature).softmax(-1), 1)[:, 0]
 
 
-def write_whole(path, write) -> None:
-    """Write a file whole or not at all: beside path, flushed to disk, renamed; raises OSError.
+# Part two, what stands around it ==================================================================
 
-    write is called with the open binary file.
-    """
-    part = f"{path}.part"
-    try:
-        with open(part, "wb") as f:
-            write(f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(part, path)
-    except BaseException as e:
-        if os.path.exists(part):
-            os.remove(part)
-        if isinstance(e, (OSError, RuntimeError)):  # torch.save raises the latter on a full disk
-            raise OSError(f"{path} cannot be written, what it held is whole: {e}") from e
-        raise
+# Configuration ----------------------------------------------------------------------------------
 
 
-def save_file(state: dict, path) -> None:
-    """Write a checkpoint, whole or not at all; raises OSError."""
-    write_whole(path, lambda f: torch.save({"nanoaki": 1} | state, f))
+def knob(default, help: str, least: float | None = None, choices: list[str] | None = None):
+    """A dataclass field that explains and bounds itself: train.py makes a flag of it."""
+    return field(default=default, metadata={"help": help, "least": least, "choices": choices})
 
 
-def load_file(path) -> dict:
-    """What save_file wrote, tensors on the CPU; raises ValueError if path holds anything else."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file; train a model first: python train.py") from None
-    except Exception as e:  # torch.load raises whatever the bytes make it raise
-        raise ValueError(f"{path}: not a nanoAKI checkpoint ({type(e).__name__})") from e
-    if not isinstance(state, dict) or "nanoaki" not in state:
-        raise ValueError(f"{path}: a checkpoint, but not one of nanoAKI")
-    return state
+def check_knobs(settings) -> None:
+    """Raise ValueError that names a field out of its bounds, its value, and what would be right."""
+    for f in fields(settings):
+        value, (_, least, choices) = getattr(settings, f.name), f.metadata.values()
+        if type(f.default) is int and type(value) is not int:
+            raise ValueError(f"{f.name} must be a whole number, not {value!r}")
+        if least is not None and not value >= least:
+            raise ValueError(f"{f.name} must be at least {least}, not {value}")
+        if choices and value not in choices:
+            raise ValueError(f"{f.name} {value!r} is none of {', '.join(choices)}")
 
+
+@dataclass
+class Config:
+    """The shape of a model; raises ValueError, naming both values, where two do not fit."""
+    vocab_size: int = knob(512, "tokens, at most: more of them make sequences shorter", 1)
+    block_size: int = knob(128, "positions: the longest sequence, visual tokens included", 1)
+    n_layer: int = knob(4, "decoder blocks: relations need depth, time grows in proportion", 1)
+    n_head: int = knob(6, "decoder attention heads; divides n_embd: few learn relations late", 1)
+    n_embd: int = knob(96, "decoder width: time grows with its square", 1)
+    image_size: int = knob(96, "pixels: side of the square that pictures are fitted into", 1)
+    patch_size: int = knob(16, "pixels: side of a ViT patch; divides image_size", 1)
+    merge: int = knob(1, "merge x merge patches make a visual token: 2 makes a quarter of them", 1)
+    vit_layer: int = knob(2, "ViT blocks", 1)
+    vit_head: int = knob(3, "ViT attention heads; divides vit_embd", 1)
+    vit_embd: int = knob(96, "ViT width", 1)
+    dropout: float = knob(0.0, "share of activations dropped in training: helps if data are few", 0)
+    mask: str = knob("mma", "attention mask: " + ", ".join(MASKS), choices=list(MASKS))
+    order: str = knob("data", "pictures where the data have them, or before ('image') or after "
+                              "('text') the text of their turn", choices=["data", "image", "text"])
+
+    def __post_init__(self):
+        check_knobs(self)
+        for name, part in (("n_embd", "n_head"), ("vit_embd", "vit_head"),
+                           ("image_size", "patch_size")):
+            if getattr(self, name) % getattr(self, part):
+                raise ValueError(f"{name} {getattr(self, name)} must be a multiple of "
+                                 f"{part} {getattr(self, part)}")
+        side = self.image_size // self.patch_size
+        if side % self.merge:
+            raise ValueError(f"merge {self.merge} must divide the {side} patches of a side")
+        if self.block_size <= self.visual_tokens:
+            raise ValueError(f"block_size {self.block_size} must be more than the "
+                             f"{self.visual_tokens} visual tokens of one image")
+        if self.dropout >= 1:
+            raise ValueError(f"dropout must be below 1, not {self.dropout}")
+
+    @property
+    def visual_tokens(self) -> int:
+        """Visual tokens of one image."""
+        return (self.image_size // self.patch_size // self.merge) ** 2
+
+
+PRESETS = {
+    # 0.8 M parameters: two CPU cores, minutes
+    "nano": Config(),
+    # 27 M: a consumer GPU, minutes
+    "small": Config(vocab_size=4096, block_size=512, n_layer=8, n_head=6, n_embd=384,
+                    image_size=192, vit_layer=6, vit_head=6, vit_embd=384),
+    # GPT-2 124M and ViT-B/16
+    "base": Config(vocab_size=50257, block_size=1024, n_layer=12, n_head=12, n_embd=768,
+                   image_size=224, vit_layer=12, vit_head=12, vit_embd=768),
+}
 
 # Tokenizer ---------------------------------------------------------------------------------------
 
@@ -608,33 +541,58 @@ class Tokenizer:
 # From text and pictures to a sequence ------------------------------------------------------------
 
 
-def build_sequence(tokenizer: Tokenizer, config: Config, turns: list[tuple[str, str]],
-                   pictures: int, answer: str | None = None) -> tuple[list[int], list[int]]:
-    """(tokens, roles) of all that is given, then of the answer to learn, if there is one.
+def place_pictures(turns: list[tuple[str, str]], pictures: int,
+                   order: str = "data") -> list[tuple[str, list[str]]]:
+    """Turns with their text in pieces, between which pictures stand: the one reader of <image>.
 
-    turns are (speaker, text), speaker "system", "human" or "gpt", the last one human; a caption has
-    one empty human turn. Where human text has as many <image> as there are pictures, they stand
-    where they are written, line breaks around them dropped; where it has none, the pictures come
-    first. Of more than the config's block_size, the text of the oldest turns is left out. Raises
-    ValueError on any other count of <image>, and where the last turn does not fit.
+    turns are (speaker, text), speaker "system", "human" or "gpt". Where human text has as many
+    <image> as there are pictures, they stand where they are written, line breaks around them
+    dropped; where it has none, all stand before the first turn. Under order "image" those at an
+    edge of a human turn's text, or not written, come before it, under "text" after it. Raises
+    ValueError on any other count of <image>.
     """
-    written = sum(text.count("<image>") for speaker, text in turns if speaker == "human")
+    placed = []
+    for speaker, text in turns:
+        pieces = [text]
+        if speaker == "human":
+            pieces = [piece.strip("\n") for piece in text.split("<image>")]
+        placed.append((speaker, pieces))
+    written = sum(len(pieces) - 1 for _, pieces in placed)
     if written not in (0, pictures):
         raise ValueError(f"{written} <image> in the text for {pictures} pictures: "
                          f"write one for each, or none")
-    image = [tokenizer.image] * config.visual_tokens
-    parts = [[] if written else image * pictures]
-    for speaker, text in turns:
-        if speaker == "human":
-            first, *rest = [tokenizer.encode(piece.strip("\n")) for piece in text.split("<image>")]
-            parts.append(sum((image + piece for piece in rest), first) + [tokenizer.answer])
-        elif speaker == "gpt":
-            parts.append(tokenizer.encode(text) + [tokenizer.eos])
-        else:
-            parts[0] += tokenizer.encode(text + "\n")
+    humans = [pieces for speaker, pieces in placed if speaker == "human"]
+    if not written:
+        first = placed[0][1] if order == "data" else humans[0]
+        first[:0] = [""] * pictures
+    for pieces in humans if order != "data" else []:
+        inner, edge = list(pieces), 0
+        while len(inner) > 1 and not inner[0].strip():
+            inner, edge = inner[1:], edge + 1
+        while len(inner) > 1 and not inner[-1].strip():
+            inner, edge = inner[:-1], edge + 1
+        pieces[:] = [""] * edge + inner if order == "image" else inner + [""] * edge
+    return placed
+
+
+def build_sequence(tokenizer: Tokenizer, config: Config, turns: list[tuple[str, list[str]]],
+                   answer: str | None = None) -> tuple[list[int], list[int]]:
+    """(tokens, roles) of all that is given, then of the answer to learn, if there is one.
+
+    turns are place_pictures', the last one human. Of more than the config's block_size, the text of
+    the oldest turns is left out. Raises ValueError where the last turn does not fit.
+    """
+    image, parts = [tokenizer.image] * config.visual_tokens, []
+    ends = {"system": tokenizer.encode("\n"), "human": [tokenizer.answer], "gpt": [tokenizer.eos]}
+    for speaker, pieces in turns:
+        part = tokenizer.encode(pieces[0])
+        for piece in pieces[1:]:
+            part += image + tokenizer.encode(piece)
+        parts.append(part + ends[speaker])
     generated = [] if answer is None else tokenizer.encode(answer) + [tokenizer.eos]
     room = config.block_size - max(len(generated), 1)
-    for i in range(1, len(parts) - 1, 2):  # a question and its answer
+    history = range(1 if turns[0][0] == "system" else 0, len(parts) - 1, 2)
+    for i in history:  # a question and its answer
         if sum(map(len, parts)) > room:
             parts[i], parts[i + 1] = [t for t in parts[i] if t == tokenizer.image], []
     given = sum(parts, [])
@@ -651,6 +609,22 @@ def pad_batch(sequences: list[tuple[list[int], list[int]]]) -> tuple[Tensor, Ten
     tokens = torch.tensor([t + [Tokenizer.pad] * (T - len(t)) for t, _ in sequences])
     roles = torch.tensor([r + [PAD] * (T - len(r)) for _, r in sequences])
     return tokens, roles, torch.where(roles == ANSWER, tokens, -100)
+
+
+# Pictures ----------------------------------------------------------------------------------------
+
+
+def open_picture(path) -> Image.Image:
+    """The picture in a file, decoded; raises ValueError, naming the file, if there is none."""
+    try:
+        image = Image.open(path)
+        image.load()
+        return image
+    except OSError as e:
+        reason = e.strerror or "not a picture that Pillow can read, such as PNG or JPEG"
+        raise ValueError(f"{path}: {reason}") from e
+    except Exception as e:  # Pillow raises whatever the bytes make it raise
+        raise ValueError(f"{path}: the picture cannot be read ({e})") from e
 
 
 def fit_picture(image: Image.Image, size: int) -> Tensor:
@@ -674,3 +648,145 @@ def fit_picture(image: Image.Image, size: int) -> Tensor:
         image = square
     pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
     return pixels.view(size, size, 3).permute(2, 0, 1).contiguous()
+
+
+# A model with its tokenizer: ask, save, load ------------------------------------------------------
+
+
+class NanoAKI(Model):
+    """A Model that is asked about pictures in words, saved and loaded.
+
+    Raises ValueError if the tokenizer has more tokens than the config's vocab_size.
+    """
+
+    def __init__(self, config: Config, tokenizer: Tokenizer | None = None):
+        if tokenizer is not None and len(tokenizer) > config.vocab_size:
+            raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, more than the config's "
+                             f"vocab_size {config.vocab_size}")
+        super().__init__(config)
+        self.tokenizer = tokenizer
+
+    def prompt(self, images: list, questions: list[str], history=(), system: str = ""):
+        """images, tokens, roles of questions, each with its picture, list of them, or None."""
+        if self.tokenizer is None:
+            raise ValueError("this model has no tokenizer: NanoAKI(config, tokenizer)")
+        if len(images) != len(questions):
+            raise ValueError(f"{len(images)} pictures (or lists) for {len(questions)} questions")
+        before = [("system", system)] if system else []
+        for question, answer in history:
+            before += [("human", question), ("gpt", answer)]
+        rows, squares = [], []
+        for shown, question in zip(images, questions):
+            shown = [shown] if is_picture(shown) else list(shown or [])
+            turns = place_pictures(before + [("human", question)], len(shown), self.config.order)
+            rows.append(build_sequence(self.tokenizer, self.config, turns))
+            for image in shown:
+                image = image if isinstance(image, Image.Image) else open_picture(image)
+                squares.append(fit_picture(image, self.config.image_size))
+        tokens, roles, _ = (t.to(self.decoder.token.weight.device) for t in pad_batch(rows))
+        return torch.stack(squares).to(tokens.device) if squares else None, tokens, roles
+
+    def ask(self, images, questions: str | list[str], max_new_tokens: int | None = None,
+            history=(), system: str = "", **sampling) -> str | list[str]:
+        """The answer to a question about a picture (PIL or path), a list of them, or None.
+
+        With a list of questions, a list of answers: images then is a list of as many of those, or
+        one picture for all. history, (question, answer) pairs, and system text come before each
+        question. max_new_tokens (None: what fits) and sampling (temperature, top_k, mask) are
+        generate's. Raises ValueError where a question and its pictures do not fit the model.
+        """
+        one = isinstance(questions, str)
+        questions = [questions] if one else questions
+        if one or images is None or is_picture(images):
+            images = [images] * len(questions)
+        limit = self.config.block_size if max_new_tokens is None else max_new_tokens
+        prompt = self.prompt(images, questions, history, system)
+        answers = [self.tokenizer.decode(ids) for ids in self.generate(*prompt, limit, **sampling)]
+        return answers[0] if one else answers
+
+    def save(self, path) -> None:
+        """Write config, tokenizer and weights to one file, whole or not at all."""
+        save_file({"config": asdict(self.config), "model": self.state_dict(),
+                   "merges": None if self.tokenizer is None else self.tokenizer.merges}, path)
+
+    @classmethod
+    def load(cls, path) -> "NanoAKI":
+        """The model saved at path, on the CPU, in eval mode; raises ValueError if there is none."""
+        state = load_file(path)
+        try:
+            tokenizer = None if state["merges"] is None else Tokenizer(state["merges"])
+            model = cls(Config(**state["config"]), tokenizer)
+            model.load_state_dict(state["model"])
+        except (KeyError, IndexError, TypeError, AttributeError, RuntimeError, ValueError) as e:
+            reason = " ".join(str(e).split())[:200]
+            raise ValueError(f"{path}: config, tokenizer and weights do not fit: {reason}") from e
+        return model.eval()
+
+
+def is_picture(thing) -> bool:
+    return isinstance(thing, (Image.Image, str, Path))
+
+
+def write_whole(path, write) -> None:
+    """Write a file whole or not at all: beside path, flushed to disk, renamed; raises OSError.
+
+    write is called with the open binary file.
+    """
+    part = f"{path}.part"
+    try:
+        with open(part, "wb") as f:
+            write(f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(part, path)
+    except BaseException as e:
+        if os.path.exists(part):
+            os.remove(part)
+        if isinstance(e, (OSError, RuntimeError)):  # torch.save raises the latter on a full disk
+            raise OSError(f"{path} cannot be written, what it held is whole: {e}") from e
+        raise
+
+
+def save_file(state: dict, path) -> None:
+    """Write a checkpoint, whole or not at all; raises OSError."""
+    write_whole(path, lambda f: torch.save({"nanoaki": 1} | state, f))
+
+
+def load_file(path) -> dict:
+    """What save_file wrote, tensors on the CPU; raises ValueError if path holds anything else."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file; train a model first: python train.py") from None
+    except Exception as e:  # torch.load raises whatever the bytes make it raise
+        raise ValueError(f"{path}: not a nanoAKI checkpoint ({type(e).__name__})") from e
+    if not isinstance(state, dict) or "nanoaki" not in state:
+        raise ValueError(f"{path}: a checkpoint, but not one of nanoAKI")
+    return state
+
+
+def main() -> None:
+    """Print the causal and the MMA mask of a small sequence, and what each lets through."""
+    torch.manual_seed(0)
+    config = Config(image_size=32, n_embd=32, n_head=2, vit_embd=32, vit_head=2)
+    model, V = Model(config).eval(), config.visual_tokens
+    rows = [build_sequence(Tokenizer([]), config, place_pictures([("human", question)], 1), "no")
+            for question in ("hm?", "he?")]
+    tokens, roles, _ = pad_batch(rows)
+    images = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8).expand(2, -1, -1, -1)
+    moved = {}
+    for name in ("causal", "mma"):
+        print(f"{name}: rows see columns (I image, P prompt, A answer)")
+        for role, row in zip(roles[0].tolist(), make_mask(name, roles)[0].tolist()):
+            print("  " + "-IPA"[role], *("x" if sees else "." for sees in row))
+        states = model.hidden(images, tokens, roles, name)
+        moved[name] = float((states[0, :V] - states[1, :V]).detach().abs().max())
+    logits, _ = model(images, tokens, roles)
+    print(f"one forward: {len(tokens)} sequences of {V} visual tokens and {tokens.shape[1] - V} of "
+          f"text, logits {tuple(logits.shape)}\n"
+          f"under causal another question moves visual tokens' states by {moved['causal']:.3g}\n"
+          f"under mma it moves them by {moved['mma']:.3g}: there they have read it")
+
+
+if __name__ == "__main__":
+    main()

@@ -4,10 +4,11 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from nanoaki import ANSWER, IMAGE, PAD, PROMPT, Config, NanoAKI  # noqa: E402
+from nanoaki import ANSWER, IMAGE, PAD, PROMPT, Batch, Config, NanoAKI  # noqa: E402
 
 torch.set_num_threads(1)  # tensors are tiny: threads would only wait for each other
 
@@ -70,6 +71,17 @@ def fill(roles: torch.Tensor, seed: int = 0) -> tuple[torch.Tensor | None, torch
     n = int((roles == IMAGE).sum()) // VISUAL
     images = torch.randint(0, 256, (n, 3, 8, 8), generator=g, dtype=torch.uint8) if n else None
     return images, torch.randint(0, 256, roles.shape, generator=g)
+
+
+def make_batch(images, tokens, roles, targets) -> Batch:
+    """forward's arguments as a Batch: equal pictures become one, and stand in another order."""
+    each, shown = torch.zeros(1, 3, 8, 8, dtype=torch.uint8), torch.zeros(0, dtype=torch.long)
+    if images is not None:
+        each, shown = images.unique(dim=0, return_inverse=True)
+    visual = (roles == IMAGE).flatten().nonzero()[:, 0]
+    learned = F.pad(targets[:, 1:] != -100, (1, 0))  # no logits stand before a row
+    return Batch(each, shown, tokens, roles, targets, visual, learned.flatten().nonzero()[:, 0],
+                 [f"row {row}" for row in range(len(roles))], "")
 
 
 def alone(images, tokens, roles):

@@ -10,10 +10,11 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 import torch
 from PIL import Image
 
-import train
+from engine.folder import hold
 
 ROOT = Path(__file__).parent.parent
 
@@ -70,7 +71,7 @@ def held(folder: Path):
 
     def child():
         try:
-            with train.hold(folder):
+            with hold(folder):
                 theirs.send(True)
                 theirs.recv()
         except ValueError:
@@ -83,6 +84,15 @@ def held(folder: Path):
     finally:
         ours.send("enough")
         process.join()
+
+
+def refused(capsys, main, *argv) -> str:
+    """The one line that a command refuses with."""
+    with pytest.raises(SystemExit) as e:
+        main([str(a) for a in argv])
+    error = capsys.readouterr().err
+    assert e.value.code == 2 and error.count("\n") == 1, error
+    return error
 
 
 def weights(path: Path) -> dict:

@@ -1,6 +1,5 @@
 """What draw.py shows is what attention gets and does."""
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,10 +8,11 @@ from PIL import Image
 
 import draw
 from conftest import random_roles, tiny_model
-from draw import (BLOCKED, DIAGONAL, PADDING, SEEN, UNLOCKED, Recorder, attention_maps, cell_states,
-                  draw_mask, mask_grid, mask_text, movement, placed, word_batch)
-from nanoaki import ANSWER, IMAGE, MASKS, PAD, PROMPT, Tokenizer, mma_mask
-from test_train import refused
+from draw import (BLOCKED, DIAGONAL, PADDING, SEEN, UNLOCKED, Recorder, attention_maps, draw_attention,
+                  draw_mask, mask_grid, mask_states, mask_text, movement, place_labels, word_batch)
+from engine.pictures import GAP, RIGHT, SAMPLE, WRONG, draw_samples
+from helpers import refused
+from nanoaki import ANSWER, IMAGE, MASKS, PAD, PROMPT, Tokenizer, make_mask, mma
 
 SEVEN = torch.tensor([IMAGE] * 3 + [PROMPT] * 2 + [ANSWER] * 2)
 SIGNS = {".": BLOCKED, "-": PADDING, "x": SEEN, "o": UNLOCKED, "*": DIAGONAL}
@@ -30,8 +30,9 @@ def picture():
 
 
 def test_the_seven_by_seven_mask_of_the_docstring_is_drawn_cell_by_cell():
-    rows = [line.split()[2:9] for line in mma_mask.__doc__.splitlines() if line.strip().startswith("query")]
-    drawn = cell_states(SEVEN, mma_mask(SEVEN[None])[0])
+    rows = [line.split()[2:9] for line in mma.__doc__.splitlines() if line.strip().startswith("query")]
+    drawn, title = mask_states("mma", SEVEN)
+    assert title == "mma: 6 pairs unlocked"
     for q in range(7):
         for k in range(7):
             assert int(drawn[q, k]) == (DIAGONAL if q == k else SIGNS[rows[q][k]])
@@ -48,10 +49,10 @@ def position(sheet, grid):
 @pytest.mark.parametrize("name", MASKS)
 def test_every_cell_of_the_picture_has_the_colour_of_what_attention_gets(name):
     for roles in random_roles(20, seed=1):
-        mask = MASKS[name](roles[None])[0]
+        mask = make_mask(name, roles[None])[0]
         sheet = np.asarray(draw_mask(roles, [str(i) for i in range(len(roles))], [name]))
         cell = draw.cell_side(len(roles))
-        grid = np.asarray(mask_grid(roles, mask, cell))
+        grid = np.asarray(mask_grid(mask_states(name, roles)[0], cell))
         found = position(sheet, grid)
         for q in range(len(roles)):
             for k in range(len(roles)):
@@ -75,11 +76,11 @@ def test_states_differ_in_lightness_so_that_grey_will_do():
 def test_labels_never_overlap_and_an_image_has_one(T):
     roles = [IMAGE] * (T // 2) + [PROMPT] * (T - T // 2 - 2) + [ANSWER] * 2
     cell = draw.cell_side(T)
-    found = placed([str(i) for i in range(T)], roles, cell)
+    found = place_labels([str(i) for i in range(T)], roles, cell)
     places = [y for y, _ in found]
     assert all(b - a >= draw.LINE for a, b in zip(places, places[1:])) and places[-1] + draw.LINE <= T * cell
     sheet = np.asarray(draw_mask(torch.tensor(roles), [str(i) for i in range(T)], ["mma"]))
-    grid = np.asarray(mask_grid(torch.tensor(roles), MASKS["mma"](torch.tensor([roles]))[0], cell))
+    grid = np.asarray(mask_grid(mask_states("mma", torch.tensor(roles))[0], cell))
     y, x = position(sheet, grid)
     for band in (sheet[y:y + T * cell, x - draw.GAP - 1], sheet[y - 3, x:x + T * cell]):  # at its own row and column
         assert [tuple(color) for color in band[cell // 2::cell]] == [draw.SEGMENTS[kind][1] for kind in roles]
@@ -93,13 +94,15 @@ def test_a_batch_of_several_images_text_first_and_padding_has_the_sequence_build
     assert labels[0] == words and labels[1] == ["image"] * 3 + ["what?", "<answer>"] + ["padding"] * 7
     kinds = {"image": IMAGE, "a": ANSWER, "b": ANSWER, "<eos>": ANSWER, "padding": PAD}
     assert roles.tolist() == [[kinds.get(label, PROMPT) for label in row] for row in labels]
+    named, _ = word_batch(["an image of <image>"] * 2, ["image"], 2)  # a word of that name; one answer for all
+    assert named.tolist() == [[PROMPT] * 3 + [IMAGE] * 2 + [PROMPT] + [ANSWER] * 2] * 2
     assert draw_mask(roles, labels, ["causal", "mma"]).height > draw_mask(roles[0], labels[0], ["mma"]).height
 
 
 def test_the_terminal_gets_the_same_cells_in_plain_ascii():
     labels = ["image"] * 3 + ["what?", "<answer>", "red", "<eos>"]
     lines = mask_text(SEVEN, labels, ["mma"], 80, fancy=False).splitlines()[-7:]
-    states = cell_states(SEVEN, mma_mask(SEVEN[None])[0])
+    states, _ = mask_states("mma", SEVEN)
     assert [[SIGNS[sign] for sign in line[-7:]] for line in lines] == states.tolist()
     assert all(line.isascii() for line in lines)
 
@@ -124,7 +127,7 @@ def test_colours_are_for_terminals_that_have_not_asked_for_none(monkeypatch, cap
         assert ("\033[" in capsys.readouterr().out) == colored
 
 
-@pytest.mark.parametrize("same_length", [False, True])  # causal without padding is a path of its own
+@pytest.mark.parametrize("same_length", [False, True])  # with padding, and without
 @pytest.mark.parametrize("mask", ["causal", "mma", "prefix", "image"])
 def test_recorded_attention_is_what_fused_attention_computes(model, picture, mask, same_length):
     two = ["<image> or what is <image>" if same_length else "a <image><image>", "what is <image> or <image>"]
@@ -137,8 +140,8 @@ def test_recorded_attention_is_what_fused_attention_computes(model, picture, mas
     assert (fused - shown).abs().max() < 1e-5 and len(recorder.weights) == 2
     for weights in recorder.weights:
         assert (weights.sum(-1) - 1).abs().max() < 1e-5
-        seen = MASKS[mask](roles)[:, None].expand_as(weights)
-        assert (weights[~seen] == 0).all() and (weights[seen] > 0).all()
+        allowed = make_mask(mask, roles)[:, None].expand_as(weights)
+        assert (weights[~allowed] == 0).all() and (weights[allowed] > 0).all()
 
 
 def test_maps_come_with_the_answer_and_are_rows_and_columns_of_all_weights(model, picture):
@@ -149,7 +152,7 @@ def test_maps_come_with_the_answer_and_are_rows_and_columns_of_all_weights(model
     T, given = len(found.roles), V + len(question) + 1
     assert found.weights.shape == (2, 2, T, T) and T == given + len(found.tokens) - 1
     assert (found.weights.sum(-1) - 1).abs().max() < 1e-5
-    assert (found.weights[..., ~mma_mask(found.roles[None])[0]] == 0).all()
+    assert (found.weights[..., ~make_mask("mma", found.roles[None])[0]] == 0).all()
     assert torch.equal(found.looks, found.weights[:, :, given - 1:, :V])
     assert torch.allclose(found.reads[:, :, 0], found.weights[:, :, :V, V:V + 4].sum(-1))
     _, tokens, roles = model.prompt([[picture]], [question])
@@ -173,21 +176,31 @@ def test_only_under_mma_do_visual_tokens_read_the_question_and_move_with_it(mode
     assert (movement(model, [picture], two, "mma") > 0).all()
 
 
-@pytest.mark.parametrize("pictures", [[], ["a.png"]], ids=["no picture", "picture"])
-def test_samples_frame_what_is_wrong_and_only_that(pictures):
-    example = SimpleNamespace(pictures=pictures, question="what color is " + "the thing " * 9, answer="blue ")
+@pytest.mark.parametrize("order, question, said", [
+    ("data", "what?", False), ("data", "see <image>", True), ("data", "<image> what?", False),
+    ("text", "<image> what?", True), ("image", "what? <image>", False)])
+def test_text_before_a_picture_is_said_beside_what_it_moves(picture, monkeypatch, order, question, said):
+    lines, text = [], draw.text
 
-    class Some(list):
-        def picture(self, path):
-            return torch.tensor([200, 77, 3], dtype=torch.uint8)[:, None, None].expand(3, 16, 16)
+    def written(string, *args, **kwargs):
+        lines.append(string)
+        return text(string, *args, **kwargs)
 
-    examples = Some([example])
-    right, wrong = (np.asarray(draw.draw_samples(examples, [0] * 5, ["blue"] * 4 + [last])) for last in ("blue", "red"))
+    monkeypatch.setattr(draw, "text", written)
+    draw_attention(tiny_model(torch.float32, Tokenizer([]), order=order), [picture], [question, question])
+    assert ("text stands before a picture here: that alone moves its tokens" in lines) == said
+
+
+@pytest.mark.parametrize("picture", [None, Image.new("RGB", (16, 16), (200, 77, 3))], ids=["no picture", "picture"])
+def test_samples_frame_what_is_wrong_and_only_that(picture):
+    asked = (picture, "what color is " + "the thing " * 9, "blue ")
+    right, wrong = (np.asarray(draw_samples([(*asked, answer) for answer in ["blue"] * 4 + [last]]))
+                    for last in ("blue", "red"))
     assert right.shape == wrong.shape
-    assert not (right == draw.WRONG).all(-1).any() and (right == draw.RIGHT).all(-1).any()
-    y, x = (wrong == draw.WRONG).all(-1).nonzero()  # the fifth stands below the first
-    assert len(y) > 3 * draw.SAMPLE and y.min() > draw.SAMPLE and x.max() < draw.GAP + draw.SAMPLE
-    assert (right == (200, 77, 3)).all(-1).any() == bool(pictures)
+    assert not (right == WRONG).all(-1).any() and (right == RIGHT).all(-1).any()
+    y, x = (wrong == WRONG).all(-1).nonzero()  # the fifth stands below the first
+    assert len(y) > 3 * SAMPLE and y.min() > SAMPLE and x.max() < GAP + SAMPLE
+    assert (right == (200, 77, 3)).all(-1).any() == (picture is not None)
 
 
 def test_the_command_line_draws_masks_and_attention(model, picture, tmp_path, capsys):

@@ -4,10 +4,11 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import nanoaki
-from conftest import LENGTH, SAFE, WHERE, alone, fill, random_roles, tiny_model
-from nanoaki import ANSWER, IMAGE, MASKS, PAD, PROMPT, positions
+from conftest import LENGTH, SAFE, WHERE, alone, fill, make_batch, random_roles, tiny_model
+from nanoaki import ANSWER, IMAGE, MASKS, PAD, PROMPT, Cache, Token, make_mask, positions
 
 PRECISE = [(torch.float64, 1e-10), (torch.float32, 1e-4)]
 
@@ -42,10 +43,50 @@ def may_see(name: str, row: list[int], q: int, k: int) -> bool:
 def test_mask_equals_its_definition_pair_by_pair(name, roles):
     naive = [[[may_see(name, row, q, k) for k in range(LENGTH)] for q in range(LENGTH)]
              for row in roles.tolist()]
-    mask = MASKS[name](roles)
+    mask = make_mask(name, roles)
     assert mask.dtype == torch.bool and torch.equal(mask, torch.tensor(naive))
-    others = [torch.equal(mask, MASKS[other](roles)) for other in MASKS if other != name]
+    others = [torch.equal(mask, make_mask(other, roles)) for other in MASKS if other != name]
     assert not any(others), "the layouts must tell the masks apart"
+
+
+def seen_by_rule(name, place_q, place_k, role, run):
+    """The rule on two single positions, closed to PAD and open to itself as make_mask does it."""
+    q, k = (Token(place, role[place], run[place]) for place in (place_q, place_k))
+    return MASKS[name](q, k) & (q.role != PAD) & (k.role != PAD) | (q.place == k.place)
+
+
+@pytest.mark.parametrize("kind, rows", [("numbers", 60), ("tensors", 2)])
+def test_rule_of_two_single_positions_equals_the_mask(roles, kind, rows):
+    places, told_apart = range(LENGTH), set()
+    for row in roles[:rows]:
+        role, dense = row.tolist(), {name: make_mask(name, row[None])[0] for name in MASKS}
+        run = [sum(r in (PROMPT, ANSWER) for r in role[:place]) for place in places]
+        if kind == "tensors":
+            places, role, run = torch.arange(LENGTH), row, torch.tensor(run)
+        for name in MASKS:
+            seen = torch.tensor([[bool(seen_by_rule(name, q, k, role, run)) for k in places]
+                                 for q in places])
+            assert torch.equal(seen, dense[name])
+            told_apart |= {(name, other) for other in MASKS if not torch.equal(seen, dense[other])}
+    assert len(told_apart) == len(MASKS) * (len(MASKS) - 1)  # each from each other, on these rows
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("name", MASKS)
+def test_rule_is_a_mask_mod_of_flex_attention(roles, name):
+    roles = roles[((roles == IMAGE).sum(1) >= 4) & (roles == PROMPT).any(1)][:4]
+    run, g = (roles >= PROMPT).cumsum(1), torch.Generator().manual_seed(0)
+
+    def mask_mod(b, h, q, k):
+        return seen_by_rule(name, q, k, roles[b], run[b])
+
+    q, k, v = 2 * torch.rand(3, 4, 2, LENGTH, 16, generator=g) - 1
+    found = flex_attention(q, k, v, block_mask=create_block_mask(mask_mod, 4, None, LENGTH, LENGTH,
+                                                                 device="cpu"))
+    for other in MASKS:
+        dense = F.scaled_dot_product_attention(q, k, v, make_mask(other, roles)[:, None])
+        difference = (found - dense).abs().max()
+        assert difference < 5e-7 if other == name else difference > 1e-2
 
 
 def test_random_layouts_hold_every_case(roles):
@@ -57,22 +98,23 @@ def test_random_layouts_hold_every_case(roles):
 def test_without_prompt_mma_is_causal_bit_for_bit(roles):
     for stand_in in (PAD, ANSWER):  # taken out, or text that is not given
         bare = torch.where(roles == PROMPT, stand_in, roles)
-        assert torch.equal(MASKS["mma"](bare), MASKS["causal"](bare))
-    assert not torch.equal(MASKS["mma"](roles), MASKS["causal"](roles))  # the control: with prompt
+        assert torch.equal(make_mask("mma", bare), make_mask("causal", bare))
+    with_prompt = [make_mask(name, roles) for name in ("mma", "causal")]  # the control
+    assert not torch.equal(*with_prompt)
 
 
 def test_causal_within_mma_within_prefix_and_no_row_is_empty(roles):
-    causal, mma, prefix = (MASKS[name](roles) for name in ("causal", "mma", "prefix"))
+    causal, mma, prefix = (make_mask(name, roles) for name in ("causal", "mma", "prefix"))
     assert not (causal & ~mma).any() and not (mma & ~prefix).any()
     assert (mma & ~causal).any() and (prefix & ~mma).any()
-    for mask in MASKS.values():
-        assert mask(roles).any(-1).all()
+    for name in MASKS:
+        assert make_mask(name, roles).any(-1).all()
 
 
 def test_padding_sees_only_itself_and_nobody_sees_it(roles):
     pad, eye = roles == PAD, torch.eye(LENGTH, dtype=torch.bool).expand(len(roles), -1, -1)
-    for mask in MASKS.values():
-        seen = mask(roles)
+    for name in MASKS:
+        seen = make_mask(name, roles)
         assert torch.equal(seen[pad], eye[pad])                                       # rows
         assert torch.equal(seen.transpose(1, 2)[pad], eye[pad])                       # columns
 
@@ -88,18 +130,18 @@ def test_mma_equals_the_papers_formula():
                         if j <= i or (1 <= i <= V and V + 1 <= j <= V + TQ):
                             M[i - 1, j - 1] = 0
                 row = torch.tensor([[IMAGE] * V + [PROMPT] * TQ + [ANSWER] * TA])
-                assert torch.equal(MASKS["mma"](row)[0], M == 0)
-                assert not torch.equal(MASKS["causal"](row)[0], M == 0)
+                assert torch.equal(make_mask("mma", row)[0], M == 0)
+                assert not torch.equal(make_mask("causal", row)[0], M == 0)
 
 
 def test_mask_drawn_in_the_docstring_is_the_mask():
-    doc = nanoaki.mma_mask.__doc__
+    doc = nanoaki.mma.__doc__
     cells = r"((?:\S ){6}\S)"
     keys = re.search(r"keys +" + cells, doc)[1].split()
     queries, drawn = zip(*re.findall(r"query (\w) +" + cells, doc))
     assert keys == list(queries) and len(keys) == 7
     row = torch.tensor([[" IPA".index(key) for key in keys]])
-    causal, mma = MASKS["causal"](row)[0], MASKS["mma"](row)[0]
+    causal, mma = make_mask("causal", row)[0], make_mask("mma", row)[0]
     symbols = [["x" if c else "o" if m else "." for c, m in zip(*both)]
                for both in zip(causal.tolist(), mma.tolist())]
     assert [line.split() for line in drawn] == symbols
@@ -113,7 +155,7 @@ def test_mma_is_two_causal_attentions(V, TQ, TA):
     torch.manual_seed(V)
     q, k, v = torch.randn(3, 2, 4, V + TQ + TA, 8).unbind()
     row = torch.tensor([[IMAGE] * V + [PROMPT] * TQ + [ANSWER] * TA])
-    one = F.scaled_dot_product_attention(q, k, v, MASKS["mma"](row)[:, None])
+    one = F.scaled_dot_product_attention(q, k, v, make_mask("mma", row)[:, None])
     order = [*range(V, V + TQ), *range(V)]                                            # [T_Q ; V]
     visual = F.scaled_dot_product_attention(q[:, :, :V], k[:, :, order], v[:, :, order],
                                             lower_right(V, V + TQ))
@@ -216,19 +258,17 @@ def split(n: int, seed: int):
     return given, torch.cat([given, torch.where(kept, ANSWER, PAD)], 1)
 
 
-def cached_and_plain(model, given, roles, mask):
+def cached_and_plain(model, given, roles, name):
     images, tokens = fill(roles)
-    B, T = roles.shape
-    c, start = model.config, given.shape[1]
-    x, seen = model.embed(images, tokens, roles), MASKS[mask](roles)[:, None]
-    cache = x.new_zeros(c.n_layer, 2, B, c.n_head, T, c.n_embd // c.n_head)
-    states = [model.decoder(x[:, :start], {"mask": seen[:, :, :start, :start]}, cache)]
+    T, start = roles.shape[1], given.shape[1]
+    x, mask = model.read(images, tokens, roles), make_mask(name, roles)[:, None]
+    caches = [Cache(T) for _ in model.decoder.blocks]
+    states = [model.decoder(x[:, :start], mask[:, :, :start, :start], caches)]
     for t in range(start, T):
-        rows = {"mask": seen[:, :, t:t + 1, :t + 1]}
-        states.append(model.decoder(x[:, t:t + 1], rows, cache, t))
+        states.append(model.decoder(x[:, t:t + 1], mask[:, :, t:t + 1, :t + 1], caches))
     real = roles != PAD
     cached = model.decoder.head(torch.cat(states, 1))
-    return cached[real], model(images, tokens, roles, mask=mask)[0][real]
+    return cached[real], model(images, tokens, roles, mask=name)[0][real]
 
 
 @torch.no_grad()
@@ -266,6 +306,34 @@ def test_stream_reads_the_logits_of_the_plain_forward(mask, equal, monkeypatch):
     assert difference < 1e-10 if equal else difference > 0.1
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("dtype, autocast, stored", [
+    (torch.float64, False, torch.float64), (torch.float32, False, torch.float32),
+    (torch.float32, True, torch.bfloat16)])
+def test_cache_holds_what_attention_computes_in_memory_taken_once(dtype, autocast, stored,
+                                                                  monkeypatch):
+    extended, extend = {}, Cache.extend
+
+    def spy(cache, k, v):
+        both = extend(cache, k, v)
+        before = extended.setdefault(cache, [])
+        before.append(torch.stack([k, v]))
+        assert torch.equal(both, torch.cat(before, 3)) and both.dtype == k.dtype == stored
+        assert cache.store.dtype == stored and cache.store.shape[3] == cache.positions == 6 + 4
+        assert both.data_ptr() == cache.store.data_ptr() and cache.filled == both.shape[3]
+        memory.add(cache.store.data_ptr())
+        return both
+
+    memory, model = set(), tiny_model(dtype)
+    monkeypatch.setattr(Cache, "extend", spy)
+    monkeypatch.setattr(nanoaki, "choose", lambda *_: torch.zeros(2, dtype=torch.long))  # no <eos>
+    roles = torch.tensor([[PAD, PROMPT] + [IMAGE] * 4, [PROMPT] * 6])
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        model.generate(*fill(roles), roles, 4)
+    assert [[x.shape[3] for x in parts] for parts in extended.values()] == [[6, 1, 1, 1]] * 2
+    assert len(memory) == 2  # one a block
+
+
 def spy_on_attention(monkeypatch):
     calls, attend = [], F.scaled_dot_product_attention
 
@@ -279,28 +347,39 @@ def spy_on_attention(monkeypatch):
 
 def spy_on_masks(monkeypatch):
     built = []
-    for name, mask in list(MASKS.items()):
-        monkeypatch.setitem(MASKS, name, lambda roles, n=name, m=mask: built.append(n) or m(roles))
+    for name, rule in list(MASKS.items()):
+        monkeypatch.setitem(MASKS, name, lambda q, k, n=name, r=rule: built.append(n) or r(q, k))
     return built
 
 
-def test_causal_without_padding_passes_is_causal_and_no_mask(model, monkeypatch):
+@pytest.mark.parametrize("pad", [False, True])
+@pytest.mark.parametrize("name", MASKS)
+def test_mask_is_built_once_per_batch_and_shared_by_layers_and_heads(model, monkeypatch, name, pad):
+    roles = torch.tensor([[IMAGE] * 4 + [PROMPT, ANSWER], [PROMPT] * 5 + [PAD if pad else ANSWER]])
+    images, tokens = fill(roles)
+    batch = make_batch(images, tokens, roles, torch.where(roles == ANSWER, tokens, -100))
+    mask = make_mask(name, roles)[:, None]
     calls, built = spy_on_attention(monkeypatch), spy_on_masks(monkeypatch)
-    tokens = torch.zeros(2, 6, dtype=torch.long)
-    model(None, tokens, torch.full((2, 6), PROMPT), mask="causal")
-    assert calls == [(None, True)] * 2 and not built
-    calls.clear()
-    model(None, tokens, torch.tensor([[PROMPT] * 6, [PROMPT] * 5 + [PAD]]), mask="causal")
-    assert built == ["causal"] and all(m is not None and not causal for m, causal in calls)
+    for call in (lambda: model(images, tokens, roles, mask=name), lambda: model.loss(batch, name)):
+        call()
+        *vit, first, second = calls
+        assert vit == [(None, False)] * 2 and first[0] is second[0] and built == [name]
+        assert torch.equal(first[0], mask) and (first[1], second[1]) == (False, False)
+        calls.clear(), built.clear()
 
 
-@pytest.mark.parametrize("mask", ["mma", "prefix", "image", "leaky"])
-def test_mask_is_built_once_per_batch_and_shared_by_layers_and_heads(model, monkeypatch, mask):
+@pytest.mark.parametrize("name", MASKS)
+def test_mask_is_built_once_per_generate_and_shared_by_layers_and_steps(model, monkeypatch, name):
+    roles = torch.tensor([[IMAGE] * 4 + [PROMPT] * 2, [PROMPT] * 5 + [PAD]])
+    images, tokens = fill(roles)
+    mask = make_mask(name, F.pad(roles, (0, 4), value=ANSWER))[:, None]
     calls, built = spy_on_attention(monkeypatch), spy_on_masks(monkeypatch)
-    roles = torch.tensor([[PROMPT] * 6, [PROMPT] * 5 + [PAD]])
-    model(None, torch.zeros(2, 6, dtype=torch.long), roles, mask=mask)
-    assert built == [mask] and len(calls) == 2
-    assert len({m.data_ptr() for m, _ in calls}) == 1 and calls[0][0].shape == (2, 1, 6, 6)
-    built.clear()
-    model.generate(None, torch.zeros(2, 6, dtype=torch.long), roles, 4, mask=mask)
-    assert built == [mask]
+    monkeypatch.setattr(nanoaki, "choose", lambda *_: torch.zeros(2, dtype=torch.long))
+    assert model.generate(images, tokens, roles, 4, mask=name) == [[0] * 4] * 2
+    rows = [slice(0, 6), slice(6, 7), slice(7, 8), slice(8, 9)]  # prefill, then a row a step
+    assert built == [name] and calls[:2] == [(None, False)] * 2 and len(calls) == 2 + 2 * len(rows)
+    for step, row in enumerate(rows):
+        first, second = calls[2 + 2 * step:4 + 2 * step]
+        assert first[0] is second[0] and (first[1], second[1]) == (False, False)
+        assert torch.equal(first[0], mask[:, :, row, :row.stop])
+    assert len({m.untyped_storage().data_ptr() for m, _ in calls[2:]}) == 1

@@ -1,6 +1,11 @@
-"""Config, model, loss, generation, ask, checkpoints, and pictures made square."""
+"""Config, model, loss, generation, ask, checkpoints, pictures made square, and the file itself."""
 import io
+import os
 import random
+import re
+import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -9,9 +14,11 @@ import torch.nn.functional as F
 from PIL import Image
 
 import nanoaki
-from conftest import VISUAL, alone, fill, padded, random_roles, tiny_config, tiny_model
-from nanoaki import (ANSWER, IMAGE, PAD, PRESETS, PROMPT, Block, NanoAKI, Projector, Tokenizer,
-                     fit_picture)
+from conftest import (VISUAL, alone, fill, make_batch, padded, random_roles, tiny_config,
+                      tiny_model)
+from nanoaki import (ANSWER, IMAGE, PAD, PRESETS, PROMPT, Block, NanoAKI, Projector,
+                     Tokenizer, build_sequence, fit_picture, make_mask, open_picture, pad_batch,
+                     place_pictures)
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +40,8 @@ def text(*roles_and_lengths):
     (dict(vocab_size=0), ("vocab_size", "0")), (dict(n_layer=-1), ("n_layer", "-1")),
     (dict(n_embd=32.0), ("n_embd", "32.0")), (dict(merge="2"), ("merge", "'2'")),
     (dict(dropout=1.0), ("dropout", "1.0")), (dict(dropout=-0.5), ("dropout", "-0.5")),
-    (dict(mask="mna"), ("'mna'", "mma")),
+    (dict(n_layer=True), ("n_layer", "True")),
+    (dict(mask="mna"), ("'mna'", "mma")), (dict(order="first"), ("'first'", "data, image, text")),
 ])
 def test_bad_config_is_a_value_error_that_names_both_values(bad, named):
     with pytest.raises(ValueError) as e:
@@ -100,8 +108,9 @@ def test_one_block_class_serves_encoder_and_decoder(model):
     assert all(shape == shapes[0] for shape in shapes)
     block, x = model.decoder.blocks[0], torch.randn(2, 5, 32, dtype=torch.float64)
     all_open = torch.ones(2, 1, 5, 5, dtype=torch.bool)
-    assert torch.allclose(block(x), block(x, all_open))
-    assert not torch.allclose(block(x), block(x, all_open.tril()))  # only the mask tells them apart
+    assert torch.allclose(block(x, None), block(x, all_open))
+    causal = block(x, all_open.tril())  # only the mask tells them apart
+    assert not torch.allclose(block(x, None), causal)
 
 
 def test_head_is_tied_to_the_token_embedding(model):
@@ -119,9 +128,10 @@ def test_head_is_tied_to_the_token_embedding(model):
 def test_each_image_goes_to_its_own_tokens_in_their_order(model):
     roles = torch.cat([text((IMAGE, 4), (PROMPT, 2), (IMAGE, 4)), text((PROMPT, 6), (IMAGE, 4))])
     images, tokens = fill(roles)
-    x = model.embed(images, tokens, roles)
+    x = model.read(images, tokens, roles)
     position = model.decoder.position.weight
     visual = model.projector(model.vit(images))
+    assert torch.equal(model.see(images), visual) and visual.shape == (3, VISUAL, 32)
     for image, (row, start) in enumerate([(0, 0), (0, 6), (1, 6)]):
         there = x[row, start:start + 4] - position[start:start + 4]
         assert torch.allclose(there, visual[image])
@@ -152,21 +162,99 @@ def test_loss_is_the_mean_over_targets_that_are_aligned_not_shifted():
     assert model(*batch[:3])[1] is None
 
 
+def shared_pictures():
+    """A model, forward's arguments, padded anywhere, with 5 pictures that recur, and the Batch."""
+    model, _ = loss_batch()
+    roles = random_roles(40, seed=5)
+    images, tokens = fill(roles)
+    recurring = torch.randint(0, 5, (len(images),), generator=torch.Generator().manual_seed(0))
+    targets = torch.where(roles == ANSWER, tokens, -100)
+    targets[::3, -3:] = -100
+    given = images[recurring], tokens, roles, targets
+    batch, count = make_batch(*given), (roles == IMAGE).sum(1)
+    assert len(batch.images) == 5 < len(batch.shown) == len(images)
+    assert (count == 0).any() and (count == VISUAL).any() and (count > VISUAL).any()
+    return model, given, batch
+
+
+def gradients(model, loss):
+    return torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
+
+
+@pytest.fixture
+def float64_loss(monkeypatch):
+    """Losses are float32 whatever the model is: here they keep its type, to be compared closely."""
+    monkeypatch.setattr(torch.Tensor, "float", lambda x: x)
+
+
 @pytest.mark.parametrize("mask", [None, "causal"])
-def test_loss_without_logits_equals_forwards_loss_and_gradients(mask):
-    model, batch = loss_batch()
-
-    def gradients(loss):
-        return torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
-
-    logits, loss = model(*batch, mask=mask)
-    short = model.loss(model.hidden(*batch[:3], mask), *batch[2:])
-    other = model.loss(model.hidden(*batch[:3], "prefix"), *batch[2:])
-    assert torch.equal(loss, short) and loss != other
-    by_hand = gradients(loss_by_hand(logits, batch[3]))
-    for ours, full, hand in zip(gradients(short), gradients(loss), by_hand, strict=True):
-        assert torch.allclose(ours, full, atol=1e-12) and torch.allclose(ours, hand, atol=1e-5)
+def test_loss_of_a_batch_equals_forwards_loss_and_gradients(mask, float64_loss):
+    model, given, batch = shared_pictures()
+    logits, loss = model(*given, mask=mask)
+    short = model.loss(batch, mask)
+    wrong = model.loss(batch._replace(shown=batch.shown.roll(1)), mask)
+    assert short.dtype == torch.float64 and (loss - short).abs() < 1e-12
+    assert (loss - wrong).abs() > 1e-3 and (loss - model.loss(batch, "prefix")).abs() > 1e-3
+    by_hand = loss_by_hand(logits, given[3])
+    assert (loss - by_hand).abs() < 1e-12
+    for ours, full, hand, others in zip(*(gradients(model, x) for x in
+                                          (short, loss, by_hand, wrong)), strict=True):
+        assert (ours - full).abs().max() < 1e-12 and (ours - hand).abs().max() < 1e-12
         assert hand.abs().max() > 1e-4  # every parameter takes part
+        assert (ours - others).abs().max() > 1e-6
+
+
+def test_loss_of_a_batch_looks_once_at_each_picture_and_reads_only_what_has_a_target(monkeypatch):
+    model, given, batch = shared_pictures()
+    seen, read, head = [], [], model.decoder.head
+    model.vit.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    monkeypatch.setattr(model.decoder, "head", lambda x: read.append(x.shape) or head(x))
+    model.loss(batch)
+    model(*given)
+    learned = int((given[3][:, 1:] != -100).sum())
+    assert seen == [5, len(given[0])] and read == [(learned, 32), (*given[1].shape, 32)]
+
+
+def test_loss_of_a_batch_waits_for_no_value():
+    model, given, batch = shared_pictures()
+    model.to("meta")  # shapes without values: whatever asks for one fails
+    given, batch = [x.to("meta") for x in given], batch._replace(
+        **{name: x.to("meta") for name, x in batch._asdict().items() if torch.is_tensor(x)})
+    model.loss(batch).backward()
+    assert all(p.grad is not None for p in model.parameters())
+    with pytest.raises((RuntimeError, NotImplementedError), match="[Mm]eta"):
+        model(*given)
+
+
+def test_loss_of_a_batch_without_any_picture_gives_the_vit_a_gradient_of_zero(float64_loss):
+    model, roles = tiny_model(), text((PAD, 1), (PROMPT, 4), (ANSWER, 3)).expand(2, -1)
+    _, tokens = fill(roles)
+    targets = torch.where(roles == ANSWER, tokens, -100)
+    batch = make_batch(None, tokens, roles, targets)
+    assert len(batch.images) == 1 and len(batch.shown) == len(batch.visual) == 0
+    loss = model.loss(batch)
+    assert (loss - model(None, tokens, roles, targets)[1]).abs() < 1e-12
+    other = batch._replace(images=255 - batch.images)
+    assert model.loss(other) == loss  # the picture is not shown
+    loss.backward()
+    for part, moves in ((model.vit, False), (model.projector, False), (model.decoder, True)):
+        for p in part.parameters():  # zero, not None: processes agree on which have one
+            assert p.grad is not None and bool(p.grad.any()) == moves
+    model.loss(shared_pictures()[2]).backward()  # the control
+    assert all(p.grad.any() for p in model.vit.parameters())
+
+
+def test_loss_is_float32_whatever_the_model_computes_in():
+    _, given, batch = shared_pictures()
+    for model, autocast in ((tiny_model(), False), (tiny_model(torch.float32), True)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            logits, loss = model(*given)
+            assert logits.dtype == (torch.bfloat16 if autocast else torch.float64)
+            short = model.loss(batch)
+        assert loss.dtype == short.dtype == torch.float32
+        by_hand = loss_by_hand(logits.double(), given[3]).item()
+        assert loss.item() == pytest.approx(by_hand, rel=1e-6)
+        assert short.item() == pytest.approx(by_hand, rel=1e-2 if autocast else 1e-6)
 
 
 @pytest.mark.parametrize("role", [PAD, IMAGE, PROMPT])
@@ -210,22 +298,22 @@ def test_a_wrong_number_of_images_is_refused_with_both_numbers(model, count):
         model(wrong, tokens, roles)
 
 
-def test_images_that_are_not_uint8_are_refused(model):
+def test_a_picture_that_is_cut_between_rows_is_refused(model):
+    whole, cut = ([text((IMAGE, n), (PROMPT, 8 - n)) for n in row] for row in ((4, 4), (3, 5)))
+    images, tokens = fill(torch.cat(whole))
+    model(images, tokens, torch.cat(whole))
+    with pytest.raises(ValueError, match="8 IMAGE positions, but 2 images of 4 visual tokens"):
+        model(images, tokens, torch.cat(cut))
+
+
+def test_images_that_are_not_uint8_of_the_models_size_are_refused(model):
     roles = text((IMAGE, 4), (PROMPT, 2))
     images, tokens = fill(roles)
-    with pytest.raises(ValueError, match="uint8.*float32"):
-        model(images / 255, tokens, roles)
-
-
-def test_visual_tokens_from_see_stand_in_for_images_and_can_be_shared(model):
-    images, tokens, roles = prompts()
-    seen = model.see(images)
-    assert seen.shape == (len(images), VISUAL, 32)
-    assert torch.equal(model(seen, tokens, roles)[0], model(images, tokens, roles)[0])
-    assert model.generate(seen, tokens, roles, 4) == model.generate(images, tokens, roles, 4)
-    assert not torch.allclose(model(seen.flip(0), tokens, roles)[0], model(seen, tokens, roles)[0])
-    one = torch.zeros(len(images), dtype=torch.long)  # one look, shared by every question
-    assert torch.allclose(model(seen[one], tokens, roles)[0], model(images[one], tokens, roles)[0])
+    for wrong, found in ((images / 255, "float32"), (images[..., :4], "(1, 3, 8, 4)"),
+                         (model.see(images), "float64 (1, 4, 32)")):
+        for call in (model, model.hidden, lambda *args: model.generate(*args, 1)):
+            with pytest.raises(ValueError, match=rf"uint8 \(N, 3, 8, 8\).*{re.escape(found)}"):
+                call(wrong, tokens, roles)
 
 
 def test_a_sequence_longer_than_block_size_is_refused_with_both_numbers(model):
@@ -437,6 +525,79 @@ def test_ask_puts_the_picture_where_image_is_written(speaker, pictures):
     assert speaker.ask(pictures[0], "<image>\nwhat?") == speaker.ask(pictures[0], "what?")
     with pytest.raises(ValueError, match="1 <image>.*2 pictures"):
         speaker.ask(pictures[:2], "is it left of <image>?")
+
+
+def test_ask_takes_a_path_like_the_picture_in_it(speaker, pictures, tmp_path):
+    paths = [tmp_path / f"{i}.png" for i in range(3)]
+    for picture, path in zip(pictures, paths):
+        picture.save(path)
+    (a, b, _), (A, B, _) = pictures, paths
+    one = speaker.ask(a, "what?")
+    for path in (A, str(A), [A], [str(A)]):
+        assert speaker.ask(path, "what?") == one != speaker.ask(B, "what?")
+    for path in (A, str(A)):  # one for all questions
+        assert speaker.ask(path, ["what?", "is it?"]) == speaker.ask(a, ["what?", "is it?"])
+    mixed = speaker.ask([A, [a, str(B)], None, b], ["what?"] * 4)
+    assert mixed == speaker.ask([a, [a, b], None, B], ["what?"] * 4) and len(set(mixed)) == 4
+    assert all((x == y).all() for x, y in zip(speaker.prompt([[A, str(B)]], ["what?"]),
+                                              speaker.prompt([[a, b]], ["what?"]), strict=True))
+
+
+def test_ask_refuses_a_path_without_a_picture_by_its_name(speaker, tmp_path):
+    text_file, cut = tmp_path / "text.png", tmp_path / "cut.png"
+    text_file.write_text("not a picture")
+    Image.effect_noise((64, 64), 50).save(cut)
+    cut.write_bytes(cut.read_bytes()[:-1000])
+    for path in (tmp_path / "missing.png", tmp_path, text_file, cut):
+        for call in (open_picture, lambda path: speaker.ask(str(path), "what?")):
+            with pytest.raises(ValueError) as e:
+                call(path)
+            assert str(e.value).startswith(f"{path}: ") and "\n" not in str(e.value)
+
+
+HISTORY = [("what color is <image>?", "red"), ("and?", "<image>")]
+
+
+def prompt_by_hand(model, picture, turns):
+    placed = place_pictures(turns, 1, model.config.order)
+    row = build_sequence(model.tokenizer, model.config, placed)
+    return fit_picture(picture, model.config.image_size)[None], *pad_batch([row])[:2]
+
+
+@pytest.mark.parametrize("history", [(), HISTORY, HISTORY[1:]])
+@pytest.mark.parametrize("system", ["", "in a word"])
+def test_ask_takes_a_history_and_system_text(pictures, history, system):
+    model = tiny_model(tokenizer=Tokenizer.train(QUESTIONS * 9, 300), block_size=100)
+    turns = [("system", system)] * bool(system)
+    for question, answer in history:
+        turns += [("human", question), ("gpt", answer)]
+    by_hand = [prompt_by_hand(model, pictures[0], [*turns, ("human", q)]) for q in QUESTIONS[:2]]
+    made = model.prompt(pictures[:1], QUESTIONS[:1], history, system)
+    assert all(torch.equal(x, y) for x, y in zip(made, by_hand[0], strict=True))
+    assert made[2].max() == PROMPT  # answers in a history are given
+    answers = [model.tokenizer.decode(model.generate(*prompt, 9)[0]) for prompt in by_hand]
+    asked = model.ask(pictures[0], QUESTIONS[:2], 9, history, system)
+    assert asked == answers and model.ask(pictures[0], QUESTIONS[0], 9, history, system) == asked[0]
+    without = model.ask(pictures[0], QUESTIONS[:2], 9)
+    assert (asked == without) == (not history and not system)
+
+
+@pytest.mark.parametrize("question", ["what?", "<image>\nwhat?", "what?\n<image>"])
+def test_ask_builds_the_prompt_in_the_models_order(pictures, question):
+    tokenizer, answers = Tokenizer([]), {}
+    V, text = [tokenizer.image] * VISUAL, list(b"what?")
+    for order in ("data", "image", "text"):
+        model = tiny_model(tokenizer=tokenizer, order=order)
+        text_first = {"data": question.endswith("<image>"), "image": False, "text": True}[order]
+        expected = (text + V if text_first else V + text) + [tokenizer.answer]
+        images, tokens, roles = model.prompt(pictures[:1], [question])
+        assert tokens.tolist() == [expected]
+        assert roles.tolist() == [[IMAGE if t == tokenizer.image else PROMPT for t in expected]]
+        ids = model.generate(images, torch.tensor([expected]), roles, 9)[0]
+        answers[order] = model.ask(pictures[0], question, 9)
+        assert answers[order] == tokenizer.decode(ids)
+    assert answers["image"] != answers["text"]
+    assert answers["data"] == answers["text" if question.endswith("<image>") else "image"]
 
 
 def test_ask_passes_limits_sampling_and_mask_on(speaker, pictures):
@@ -668,3 +829,27 @@ def test_fit_picture_leaves_the_picture_it_was_given_alone(square):
     before = image.copy()
     fit_picture(image, 8)
     assert image == before and image.size == (5, 9)
+
+
+def test_the_file_runs_alone_and_shows_both_masks_and_what_they_let_through(tmp_path):
+    shutil.copy(nanoaki.__file__, tmp_path / "nanoaki.py")  # imports nothing of ours
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    run = subprocess.run([sys.executable, "nanoaki.py"], cwd=tmp_path, text=True, env=env,
+                         capture_output=True)
+    assert run.returncode == 0 and run.stderr == ""
+    assert [path.name for path in tmp_path.iterdir()] == ["nanoaki.py"]  # it leaves nothing
+    drawn = {}
+    for name, rows in re.findall(r"^(\w+): rows see columns.*\n((?:  [IPA](?: [x.])+\n)+)",
+                                 run.stdout, re.MULTILINE):
+        letters, *columns = zip(*(row.split() for row in rows.splitlines()))
+        roles = torch.tensor([[" IPA".index(letter) for letter in letters]])
+        assert {IMAGE, PROMPT, ANSWER} == set(roles[0].tolist())
+        seen = torch.tensor([[cell == "x" for cell in column] for column in columns]).T
+        assert torch.equal(seen, make_mask(name, roles)[0])
+        drawn[name] = seen
+    assert list(drawn) == ["causal", "mma"]
+    assert not drawn["causal"].triu(1).any() and drawn["mma"].triu(1).any()
+    number = r"([\d.]+(?:e-?\d+)?)"
+    moved = [float(re.search(rf"under {name}\b.* by {number}\b", run.stdout)[1])
+             for name in ("causal", "mma")]
+    assert moved[0] == 0 and moved[1] > 0.01

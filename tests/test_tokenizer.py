@@ -1,4 +1,4 @@
-"""Tokenizer, and the function that turns text and pictures into a sequence."""
+"""Tokenizer, and the functions that turn text and pictures into a sequence."""
 import os
 import random
 import subprocess
@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from conftest import VISUAL, tiny_config
-from nanoaki import ANSWER, IMAGE, PAD, PROMPT, Tokenizer, build_sequence, pad_batch
+from nanoaki import (ANSWER, IMAGE, PAD, PROMPT, Tokenizer, build_sequence, pad_batch,
+                     place_pictures)
 
 TEXTS = ["what color is the circle?", "is there a red square left of the blue star?", "yes", "red",
          "the circle is red.", "  two\n\nlines\t", "naïve café 東京 😀😀 _x_ 1234"] * 5
@@ -163,6 +164,7 @@ def test_a_megabyte_without_a_space_trains_and_comes_back(alphabet):
 
 BYTES, CONFIG = Tokenizer([]), tiny_config(block_size=200)
 V, A, E = [256] * VISUAL, [257], [258]
+ORDERS = ("data", "image", "text")
 
 
 def raw(text: str) -> list[int]:
@@ -173,16 +175,20 @@ def chat(*turns):
     return list(zip(("human", "gpt") * 9, turns))
 
 
-def check(turns, pictures, answer, given):
+def sequence(turns, pictures, answer=None, config=CONFIG, order="data", tokenizer=BYTES):
+    return build_sequence(tokenizer, config, place_pictures(turns, pictures, order), answer)
+
+
+def check(turns, pictures, answer, given, order="data"):
     """The sequence is `given`, with roles that follow from it, then the answer and <eos>."""
-    tokens, roles = build_sequence(BYTES, CONFIG, turns, pictures, answer)
+    tokens, roles = sequence(turns, pictures, answer, order=order)
     generated = [] if answer is None else raw(answer) + E
     assert tokens == given + generated
     assert roles == [IMAGE if t == 256 else PROMPT for t in given] + [ANSWER] * len(generated)
 
 
 def test_question_is_image_then_text_then_marker_then_answer_and_eos():
-    tokens, roles = build_sequence(BYTES, CONFIG, chat("<image>\nhm?"), 1, "no")
+    tokens, roles = sequence(chat("<image>\nhm?"), 1, "no")
     assert tokens == [256, 256, 256, 256, *b"hm?", 257, *b"no", 258]
     assert roles == [IMAGE] * 4 + [PROMPT] * 4 + [ANSWER] * 3
 
@@ -217,10 +223,11 @@ def test_line_breaks_around_a_written_picture_are_dropped():
                                             ("<image>" * 3, 2), ("<image><image>", 1)])
 def test_a_wrong_count_of_pictures_is_refused_with_both_numbers(text, pictures):
     for turns in (chat(text), chat("a", "b", text), chat(text, "b", "c")):
-        with pytest.raises(ValueError) as e:
-            build_sequence(BYTES, CONFIG, turns, pictures, "no")
-        assert f"{text.count('<image>')} <image>" in str(e.value)
-        assert f"{pictures} pictures" in str(e.value) and "\n" not in str(e.value)
+        for order in ORDERS:
+            with pytest.raises(ValueError) as e:
+                place_pictures(turns, pictures, order)
+            assert f"{text.count('<image>')} <image>" in str(e.value)
+            assert f"{pictures} pictures" in str(e.value) and "\n" not in str(e.value)
 
 
 def test_special_tokens_written_as_text_are_ordinary_bytes():
@@ -241,8 +248,72 @@ def test_earlier_turns_are_prompt_with_their_answers():
 
 
 def test_system_text_is_prompt_in_its_place():
-    check([("system", "be brief"), ("human", "<image>\nhm?")], 1, "ok",
-          raw("be brief\n") + V + raw("hm?") + A)
+    system = ("system", "be brief")
+    check([system, ("human", "<image>\nhm?")], 1, "ok", raw("be brief\n") + V + raw("hm?") + A)
+    check([system, *chat("who?", "me", "hm?")], 0, "ok",
+          raw("be brief\n") + raw("who?") + A + raw("me") + E + raw("hm?") + A)
+    check([system, *chat("hm?")], 1, "ok", V + raw("be brief\n") + raw("hm?") + A)  # not written
+
+
+def shown(turns, pictures, order):
+    """Turns with a `#` wherever a picture stands."""
+    placed = place_pictures(turns, pictures, order)
+    assert [speaker for speaker, _ in placed] == [speaker for speaker, _ in turns]
+    return ["#".join(pieces) for _, pieces in placed]
+
+
+@pytest.mark.parametrize("text, pictures, data, image, text_first", [
+    ("hm?", 0, "hm?", "hm?", "hm?"), ("", 0, "", "", ""),
+    ("hm?", 1, "#hm?", "#hm?", "hm?#"), ("hm?", 2, "##hm?", "##hm?", "hm?##"),  # not written
+    ("<image>\nhm?", 1, "#hm?", "#hm?", "hm?#"), ("hm?\n<image>", 1, "hm?#", "#hm?", "hm?#"),
+    ("<image>\n<image>\nhm?", 2, "##hm?", "##hm?", "hm?##"),
+    ("<image>\nhm?\n<image>", 2, "#hm?#", "##hm?", "hm?##"),
+    ("is <image> red?", 1, "is # red?", "is # red?", "is # red?"),              # within the text
+    ("is <image> like <image>?", 2, "is # like #?", "is # like #?", "is # like #?"),
+    ("<image>\nlike <image>?", 2, "#like #?", "#like #?", "like #?#"),
+    ("is <image> like\n<image>", 2, "is # like#", "#is # like", "is # like#"),
+    ("a\n<image>\n<image>\nb", 2, "a##b", "a##b", "a##b"),
+    ("<image> \n <image> hm?", 2, "# \n # hm?", "## hm?", " hm?##"),            # edges of blanks
+    ("", 1, "#", "#", "#"), ("<image>", 1, "#", "#", "#"), ("<image>\n<image>", 2, *["##"] * 3),
+])
+def test_order_moves_pictures_at_an_edge_and_none_within_the_text(text, pictures, data, image,
+                                                                  text_first):
+    for order, expected in zip(ORDERS, (data, image, text_first)):
+        assert shown(chat(text), pictures, order) == [expected]
+
+
+def test_order_holds_in_every_human_turn_alike():
+    turns = [("system", "s"), *chat("<image>\na", "r <image>", "b\n<image>", "t",
+                                    "<image>\nis <image> c?\n<image>")]
+    assert shown(turns, 5, "data") == ["s", "#a", "r <image>", "b#", "t", "#is # c?#"]
+    assert shown(turns, 5, "image") == ["s", "#a", "r <image>", "#b", "t", "##is # c?"]
+    assert shown(turns, 5, "text") == ["s", "a#", "r <image>", "b#", "t", "is # c?##"]
+
+
+def test_pictures_written_nowhere_stand_first_and_by_the_first_question_in_an_order():
+    turns = [("system", "s <image>"), *chat("a", "<image>", "b")]  # written by nobody human
+    assert shown(turns, 2, "data") == ["##s <image>", "a", "<image>", "b"]
+    assert shown(turns, 2, "image") == ["s <image>", "##a", "<image>", "b"]
+    assert shown(turns, 2, "text") == ["s <image>", "a##", "<image>", "b"]
+    for order in ORDERS:
+        assert shown(turns[1:], 0, order) == ["a", "<image>", "b"]
+
+
+def test_order_reaches_the_sequence_and_its_answer():
+    check(chat("<image>\nhm?"), 1, "no", raw("hm?") + V + A, order="text")
+    check(chat("hm?"), 1, None, raw("hm?") + V + A, order="text")
+    check(chat("hm?\n<image>"), 1, "no", V + raw("hm?") + A, order="image")
+    check([("system", "s"), *chat("<image>\na", "b", "<image>\nc")], 2, "d", raw("s\n")
+          + raw("a") + V + A + raw("b") + E + raw("c") + V + A, order="text")
+    check(chat(""), 1, "a red dot", V + A, order="text")
+
+
+def test_place_pictures_leaves_the_turns_it_was_given_alone():
+    turns = [("system", "s"), *chat("<image>\na", "b", "c\n<image>")]
+    for order in ORDERS:
+        before = list(turns)
+        assert place_pictures(turns, 2, order) == place_pictures(turns, 2, order)
+        assert turns == before
 
 
 def test_random_chats_have_every_role_in_its_place(tokenizer):
@@ -254,7 +325,7 @@ def test_random_chats_have_every_role_in_its_place(tokenizer):
         if rng.random() < 0.5 and pictures:
             texts[2 * rng.randint(0, n)] += "<image>" * pictures
         turns, answer = chat(*texts), random_text(rng)
-        tokens, roles = build_sequence(tokenizer, config, turns, pictures, answer)
+        tokens, roles = sequence(turns, pictures, answer, config, rng.choice(ORDERS), tokenizer)
         new = len(tokenizer.encode(answer)) + 1
         assert len(tokens) == len(roles)
         assert roles[-new:] == [ANSWER] * new and ANSWER not in roles[:-new] and PAD not in roles
@@ -266,13 +337,13 @@ def test_random_chats_have_every_role_in_its_place(tokenizer):
 
 def test_too_long_a_sequence_is_refused_with_the_numbers():
     config = tiny_config(block_size=20)
-    fits = build_sequence(BYTES, config, chat("x" * 10), 1, "y" * 4)
+    fits = sequence(chat("x" * 10), 1, "y" * 4, config)
     assert len(fits[0]) == 20
     with pytest.raises(ValueError, match=r"\b15\b.*\b6\b.*\b20\b"):
-        build_sequence(BYTES, config, chat("x" * 10), 1, "y" * 5)
-    assert len(build_sequence(BYTES, config, chat("x" * 14), 1)[0]) == 19  # room for one new token
+        sequence(chat("x" * 10), 1, "y" * 5, config)
+    assert len(sequence(chat("x" * 14), 1, config=config)[0]) == 19  # room for one new token
     with pytest.raises(ValueError, match=r"\b20\b.*\b20\b"):
-        build_sequence(BYTES, config, chat("x" * 15), 1)
+        sequence(chat("x" * 15), 1, config=config)
 
 
 def test_a_long_history_loses_the_text_of_its_oldest_turns_but_no_picture():
@@ -280,21 +351,32 @@ def test_a_long_history_loses_the_text_of_its_oldest_turns_but_no_picture():
     parts = [raw("s\n"), V + raw("aaaaa") + A, raw("bbbbbb") + E, V + raw("cc") + A, raw("ddd") + E,
              raw("eeee?") + A]
     shorter = [raw("s\n"), V, [], V, [], parts[-1]]  # the last turn and the system text stay whole
-    cuts = [sum(parts[:1] + shorter[1:n] + parts[n:], []) for n in (1, 3, 5)]  # a question goes with its answer
+    # A question goes with its answer.
+    cuts = [sum(parts[:1] + shorter[1:n] + parts[n:], []) for n in (1, 3, 5)]
     lengths = [len(cut) + 2 for cut in cuts]  # and "f", <eos>
     for block in range(lengths[-1], lengths[0] + 2):
         fitting = next(cut for cut, n in zip(cuts, lengths) if n <= block)  # no more than needed
         config = tiny_config(block_size=block)
-        tokens, roles = build_sequence(BYTES, config, [system, *turns], 2, "f")
+        tokens, roles = sequence([system, *turns], 2, "f", config)
         assert tokens == fitting + raw("f") + E and len(tokens) <= block
         assert roles == [IMAGE if t == 256 else PROMPT for t in fitting] + [ANSWER] * 2
     config = tiny_config(block_size=lengths[-1] - 1)
     with pytest.raises(ValueError, match=rf"\b{len(cuts[-1])}\b.*\b2\b.*\b{lengths[-1] - 1}\b"):
-        build_sequence(BYTES, config, [system, *turns], 2, "f")
+        sequence([system, *turns], 2, "f", config)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_long_history_keeps_pictures_that_are_written_nowhere(order):
+    turns, last = chat("a" * 9, "b" * 9, "c?"), raw("c?") + A
+    system, config = [("system", "s")], tiny_config(block_size=25)
+    assert len(sequence(turns, 2)[0]) > 25  # so the first question loses its text
+    assert sequence(turns, 2, None, config, order)[0] == V + V + last
+    before = V + V + raw("s\n") if order == "data" else raw("s\n") + V + V
+    assert sequence(system + turns, 2, None, config, order)[0] == before + last
 
 
 def test_pad_batch_pads_with_pad_and_targets_answers_only():
-    sequences = [build_sequence(BYTES, CONFIG, chat(q), n, a)
+    sequences = [sequence(chat(q), n, a)
                  for q, n, a in [("hm?", 1, "no"), ("a longer one?", 0, "yes"), ("", 2, None)]]
     tokens, roles, targets = pad_batch(sequences)
     assert tokens.shape == roles.shape == targets.shape == (3, max(len(t) for t, _ in sequences))

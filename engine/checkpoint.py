@@ -1,0 +1,86 @@
+"""Checkpoints: what a run begins with, from flags or files, and what it leaves to go on with."""
+import math
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+
+import torch
+
+from engine.flags import flag, pick
+from engine.folder import refuse_used
+from nanoaki import PRESETS, Config, NanoAKI, load_file, save_file
+
+RESUMED = ("out", "device", "workers", "save_every", "vocab_size")  # flags free on --resume
+INIT = ("mask", "dropout", "order")  # fields of Config free with --init
+
+
+@dataclass
+class Progress:
+    """How far a run has come; with weights and optimizers, all that it takes to go on."""
+    stage: int = 0          # index of the stage
+    step: int = 0           # in it
+    best: float = math.inf  # lowest held-out loss of stage 2: that of model.pt
+    losses: list = field(default_factory=list)  # of each step since the last evaluation
+    metrics: int = 0        # bytes of metrics.jsonl
+    seconds: float = 0.0
+    world: int = 1          # processes
+
+
+def save_run(path: Path, settings, model: NanoAKI, optimizers: list[torch.optim.Optimizer],
+             progress: Progress) -> None:
+    """Write last.pt, whole or not at all; raises OSError."""
+    save_file({"settings": asdict(settings), "config": asdict(model.config),
+               "merges": model.tokenizer.merges, "model": model.state_dict(),
+               "optimizers": [o.state_dict() for o in optimizers], **asdict(progress)}, path)
+
+
+def saved_progress(state: dict) -> Progress:
+    return Progress(**{f.name: state[f.name] for f in fields(Progress)})
+
+
+def settle(cls, flags: dict, resume: bool) -> tuple:
+    """Settings (of a class), Config, and the path of the checkpoint to start from, or None.
+
+    Raises ValueError where flags, folder and checkpoint do not go together.
+    """
+    settings = cls(**pick(cls, flags))
+    out = Path(settings.out or Path("out") / Path(settings.data).name)
+    if resume:
+        start = out / "last.pt"
+        state = load_file(start)
+        if "optimizers" not in state or set(state["settings"]) != {f.name for f in fields(cls)}:
+            raise ValueError(f"{start}: not a run of this version that can be resumed")
+        same_flags(flags, state["config"] | state["settings"])
+        settings, config = cls(**state["settings"] | pick(cls, flags)), Config(**state["config"])
+    elif settings.init:
+        refuse_used(out)
+        start, state = settings.init, load_file(settings.init)
+        config = NanoAKI.load(settings.init).config
+        if state["merges"] is None:
+            raise ValueError(f"--init: {start} was saved without a tokenizer")
+        for name in flags:
+            if name in ("align_steps", "align_lr", "preset") or (
+                    name in state["config"] and name not in INIT):
+                raise ValueError(f"--init brings its own config and skips stage 1: leave out "
+                                 f"{flag(name)}")
+        config = replace(config, **config_flags(flags))
+    else:
+        refuse_used(out)
+        start, config = None, replace(PRESETS[settings.preset], **config_flags(flags))
+    settings.out = str(out)
+    return settings, config, start
+
+
+def config_flags(flags: dict) -> dict:
+    """The flags that are fields of Config: a model trained in dual order is asked image-first."""
+    found = pick(Config, flags)
+    if found.get("order") == "dual":
+        found["order"] = "image"
+    return found
+
+
+def same_flags(flags: dict, saved: dict) -> None:
+    """Raise ValueError for a flag that was another when the run began."""
+    for name, value in flags.items():
+        if name not in RESUMED and value != saved[name]:
+            raise ValueError(f"--resume: {flag(name)} was {saved[name]!r} when it began, not "
+                             f"{value!r}; leave it out, or choose another --out")

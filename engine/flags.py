@@ -1,0 +1,73 @@
+"""Command lines: a flag for every field of a dataclass, and one clear line where one is wrong."""
+import argparse
+import difflib
+import sys
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+
+
+def fail(message) -> None:
+    """One clear line on standard error, exit code 2."""
+    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+@contextmanager
+def one_line():
+    """Within, what is wrong with a user's input or machine ends the program with one line."""
+    try:
+        yield
+    except (ValueError, OSError, FloatingPointError) as e:
+        fail(e)
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line, and which suggests the nearest flag."""
+
+    def __init__(self, doc: str):
+        super().__init__(description=doc.strip().splitlines()[0], allow_abbrev=False)
+
+    def error(self, message):
+        fail(f"{message} (--help lists the flags)")
+
+    def parse_args(self, args=None, namespace=None):
+        known, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            flags = list(self._option_string_actions)
+            near = difflib.get_close_matches(unknown[0].split("=")[0], flags, 1)
+            hint = f"did you mean {near[0]}?" if near else "--help lists the flags"
+            fail(f"no such flag: {unknown[0]}; {hint}")
+        return known
+
+    def add_fields(self, title: str, cls, **helps: str) -> None:
+        """A flag for every field of a dataclass that has none yet, absent where it is not given.
+
+        A field's help is its metadata's, or what helps says of it; argparse.SUPPRESS leaves it out.
+        """
+        group = self.add_argument_group(title)
+        for f in fields(cls):
+            if flag(f.name) in self._option_string_actions:
+                continue
+            how = {"action": "store_true"} if f.default is False else {"type": type(f.default)}
+            about = helps.get(f.name, f"{f.metadata['help']} (default {f.default!r})")
+            group.add_argument(flag(f.name), **how, default=argparse.SUPPRESS, help=about)
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def pick(cls, flags: dict) -> dict:
+    """The flags that are fields of a dataclass."""
+    return {f.name: flags[f.name] for f in fields(cls) if f.name in flags}
+
+
+def as_command(script: str, flags: dict) -> list[str]:
+    """The command that gives a script these flags."""
+    command = ["python", script]
+    for name, value in flags.items():
+        command.append(flag(name))
+        if value is not True:
+            command.append(str(value))
+    return command

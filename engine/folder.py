@@ -1,0 +1,72 @@
+"""A run's folder: nobody else's while it is in use, nothing in it overwritten, and its metrics."""
+import errno
+import json
+import os
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+
+def refuse_used(folder: Path) -> None:
+    """Raise ValueError if a folder for a new run holds more than one killed at its very start."""
+    if folder.exists() and (not folder.is_dir() or any(
+            f.stat().st_size and f.suffix != ".part" and f.name != "log.txt"
+            for f in folder.iterdir())):
+        raise ValueError(f"{folder} already holds something: go on with --resume if it is a run, "
+                         f"or choose another --out")
+
+
+@contextmanager
+def hold(folder: Path):
+    """Keep other processes out of a folder; raises ValueError if one is at work there."""
+    lock = locked(folder / "lock")
+    while not is_at(lock, folder / "lock"):  # another removed it while this one opened it
+        lock.close()
+        lock = locked(folder / "lock")
+    try:
+        yield
+    finally:
+        with lock, suppress(OSError):
+            os.remove(lock.name)
+
+
+def locked(path: Path):
+    """The file at a path, open, and locked where that can be done."""
+    lock = open(path, "w")
+    with suppress(ImportError):  # Windows has none
+        import fcntl
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # flock's would outlive it in loaders
+        except (BlockingIOError, PermissionError):
+            lock.close()
+            raise ValueError(f"{path.parent}: another process is at work there") from None
+        except OSError as e:
+            if e.errno not in (errno.ENOLCK, errno.ENOTSUP):
+                raise
+            print(f"{path.parent}: this file system has no locks; keep other runs out of it")
+    return lock
+
+
+def is_at(file, path: Path) -> bool:
+    """Whether an open file is the one at a path."""
+    with suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    return False
+
+
+class Metrics:
+    """A file of JSON lines that grows, and is cut to what a checkpoint knows of."""
+
+    def __init__(self, path):
+        self.file = open(path, "a")
+
+    def write(self, line: dict) -> None:
+        self.file.write(json.dumps(line) + "\n")
+        self.file.flush()
+
+    def size(self) -> int:
+        """Its bytes, all of them on the disk."""
+        os.fsync(self.file.fileno())
+        return self.file.seek(0, os.SEEK_END)
+
+    def cut(self, size: int) -> None:
+        self.file.truncate(min(size, self.size()))

@@ -1,0 +1,134 @@
+"""Processes: torchrun's, which agree on the CPU; a loader's workers; and the signals to them."""
+import multiprocessing
+import os
+import signal
+import sys
+from contextlib import contextmanager
+from typing import Callable, Iterator
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Dataset, StackDataset
+
+# torchrun's processes ----------------------------------------------------------------------------
+
+
+def join_processes() -> None:
+    """Join the processes that torchrun started, if it did; raises ValueError if it half did.
+
+    They talk through gloo: what they agree on is known on the CPU, whatever the device will be.
+    """
+    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
+        wanted = ("RANK", "MASTER_ADDR", "MASTER_PORT")
+        missing = [name for name in wanted if name not in os.environ]
+        if missing:
+            raise ValueError(f"WORLD_SIZE is set, but not {', '.join(missing)}: start with "
+                             f"torchrun, or unset it")
+        dist.init_process_group("gloo")
+
+
+def rank_and_world() -> tuple[int, int]:
+    """This process's number and how many there are: 0 and 1 without torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def total(*numbers: float) -> list[float]:
+    """Each number, summed over all processes."""
+    if not dist.is_initialized():
+        return list(numbers)
+    summed = torch.tensor(numbers, dtype=torch.float64)
+    dist.all_reduce(summed)
+    return summed.tolist()
+
+
+def first_does(work: Callable):
+    """What work() returns in the first process, for all of them; if it raises, all end."""
+    rank, world = rank_and_world()
+    if world == 1:
+        return work()
+    told = [False, None]  # whether it went well, and what it returned
+    try:
+        if rank == 0:
+            told = [True, work()]
+    finally:
+        dist.broadcast_object_list(told)
+    if not told[0]:
+        raise SystemExit(2)
+    return told[1]
+
+
+def in_parallel(module: torch.nn.Module, device: torch.device) -> torch.nn.Module:
+    """A module whose gradients are the mean over all processes."""
+    if not dist.is_initialized():
+        return module
+    group = dist.new_group(backend="nccl") if device.type == "cuda" else None
+    return DistributedDataParallel(module, process_group=group)
+
+
+# A loader's workers ------------------------------------------------------------------------------
+
+
+def load(parts: list[Dataset], start: int, workers: int, device: torch.device) -> Iterator[tuple]:
+    """For each step from start on, what it has of each of some datasets over steps.
+
+    Of workers, -1 is one, on a GPU, which waits less, four.
+    """
+    if workers < 0:
+        workers = 4 if device.type == "cuda" else 1
+    loader = DataLoader(StackDataset(*parts), batch_size=None, sampler=range(start, len(parts[0])),
+                        num_workers=workers, pin_memory=device.type == "cuda",
+                        worker_init_fn=leave_group, prefetch_factor=4 if workers else None)
+    with signals_blocked():
+        return iter(loader)
+
+
+GROUP = {signal.SIGINT, signal.SIGTERM}  # what a terminal or a scheduler sends to a whole group
+
+
+@contextmanager
+def signals_blocked():
+    """A process started within gets no signal of its group before it has called leave_group."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, GROUP)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def leave_group(worker: int = 0) -> None:
+    """Signals to the group, as Ctrl-C, are for the process that started this one: it ends it."""
+    if hasattr(os, "setpgid"):
+        os.setpgid(0, 0)
+        while True:
+            pending = signal.sigpending() & GROUP
+            if not pending:
+                break
+            signal.sigwait(pending)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, GROUP)
+        if os.getppid() != multiprocessing.parent_process().pid:
+            sys.exit(1)  # it is dead: torch's own watch begins after this, and would not see it
+
+
+# Signals -----------------------------------------------------------------------------------------
+
+
+class StopSignal:
+    """Within, SIGINT and SIGTERM are kept in .number; a second one of either kind ends at once."""
+    number = 0
+
+    def __enter__(self):
+        self.before = {n: signal.signal(n, self.keep) for n in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def keep(self, number: int, frame) -> None:
+        self.number = number
+        for again in self.before:
+            signal.signal(again, signal.SIG_DFL)
+
+    def __exit__(self, *error):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
