@@ -1,95 +1,24 @@
 """
-Ask a trained model about a picture.
+Ask a trained model: about pictures, or everything in a split of a dataset.
 
     python sample.py --image scene.png --ask "what color is the circle?" "is there a red square?"
     python sample.py --image scene.png               # an interactive prompt
     python sample.py --image left.png right.png --ask "what differs?"   # one question, two pictures
+    python sample.py --data data/shapes-seed0 --split test              # a whole split: a table
 """
-import argparse
-import difflib
-import os
+import json
 import sys
 from pathlib import Path
 
 import torch
 from PIL import Image
 
-from nanoaki import MASKS, NanoAKI
-
-# Command line: one clear line where it is wrong, for all scripts ----------------------------------
-
-
-def fail(message) -> None:
-    """One clear line, exit code 2."""
-    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
-    raise SystemExit(2)
-
-
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line, and which suggests the nearest flag."""
-
-    def __init__(self, **kwargs):
-        super().__init__(allow_abbrev=False, **kwargs)
-
-    def error(self, message):
-        fail(f"{message} (--help lists the flags)")
-
-    def parse_args(self, args=None, namespace=None):
-        known, unknown = self.parse_known_args(args, namespace)
-        if unknown:
-            flags = list(self._option_string_actions)
-            near = difflib.get_close_matches(unknown[0].split("=")[0], flags, 1)
-            hint = f"did you mean {near[0]}?" if near else "--help lists the flags"
-            fail(f"no such flag: {unknown[0]}; {hint}")
-        return known
-
-
-# Device -------------------------------------------------------------------------------------------
-
-
-def choose_device(name: str, dtype: str = "auto") -> tuple[torch.device, str]:
-    """The device asked for, or the best there is, and a line that says why; raises ValueError."""
-    has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name != "auto" and not has.get(name):
-        raise ValueError(f"device {name!r} must be auto or one that torch {torch.__version__} "
-                         f"finds here: {', '.join(d for d in has if has[d])}")
-    device = name if name != "auto" else next(d for d in has if has[d])
-    if device == "cuda":
-        number, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-        if number >= gpus:
-            raise ValueError(f"process {number} of this machine has no GPU: there are {gpus}")
-        torch.cuda.set_device(number)
-    why = {"cuda": "a CUDA GPU was found", "mps": "an Apple GPU was found", "cpu": "no GPU found"}
-    what = f"{torch.get_num_threads()} threads"
-    if device == "cuda":
-        what = torch.cuda.get_device_name()
-    what += ", bfloat16" if in_bfloat16(device, dtype) else ", float32"
-    reason = "asked for" if name != "auto" else why[device]
-    return torch.device(device), f"device: {device}, {what} ({reason})"
-
-
-def in_bfloat16(device: str, dtype: str) -> bool:
-    return dtype == "bfloat16" or dtype == "auto" and device == "cuda"
-
-
-def autocast(device: torch.device, dtype: str = "auto") -> torch.autocast:
-    return torch.autocast(device.type, torch.bfloat16, enabled=in_bfloat16(device.type, dtype))
-
-
-# Asking -------------------------------------------------------------------------------------------
-
-
-def open_picture(path: str) -> Image.Image:
-    """The picture in a file, decoded; raises ValueError, naming the file, if there is none."""
-    try:
-        image = Image.open(path)
-        image.load()
-        return image
-    except OSError as e:
-        reason = e.strerror or "not a picture that Pillow can read, such as PNG or JPEG"
-        raise ValueError(f"{path}: {reason}") from e
-    except Exception as e:  # Pillow raises whatever the bytes make it raise
-        raise ValueError(f"{path}: the picture cannot be read ({e})") from e
+from data import shapes
+from data.llava import Examples, read_split
+from engine.device import autocast, choose_device
+from engine.evaluation import report
+from engine.flags import Parser, flag, one_line
+from nanoaki import MASKS, NanoAKI, open_picture, write_whole
 
 
 def stream(model: NanoAKI, pictures: list[Image.Image], question: str, limit: int,
@@ -105,56 +34,109 @@ def stream(model: NanoAKI, pictures: list[Image.Image], question: str, limit: in
     print(model.tokenizer.decode(ids)[len(shown):])
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = Parser(description=__doc__.strip().splitlines()[0])
+def prompt(model: NanoAKI, pictures: list[Image.Image], limit: int, **sampling) -> None:
+    """Answer a question a line, each on its own, until there are no more."""
+    try:
+        while True:
+            question = input("> ")
+            if not question:
+                return
+            try:
+                stream(model, pictures, question, limit, **sampling)
+            except ValueError as e:
+                print(e)
+    except EOFError:
+        print()
+
+
+def ask_split(model: NanoAKI, args) -> None:
+    """Ask everything in a split: a table, and in the file --out a line per question."""
+    split = args.split or "test"
+    records = read_split(shapes.find(args.data), split, args.skip_bad)
+    examples = Examples(records, model.tokenizer, model.config, args.skip_bad)
+    answered = report(model, examples, split, list(range(len(examples))), args.mask,
+                      dtype=args.dtype)
+    if args.out:
+        lines = [json.dumps(a._asdict()) + "\n" for a in answered]
+        write_whole(args.out, lambda file: file.write("".join(lines).encode()))
+
+
+def make_parser() -> Parser:
+    parser = Parser(__doc__)
     parser.add_argument("--model", default="out/shapes/model.pt",
                         help="checkpoint (default %(default)s)")
-    parser.add_argument("--image", nargs="+", default=[], metavar="FILE",
+    parser.add_argument("--image", nargs="+", metavar="FILE",
                         help="pictures; all of them belong to every question (default: none)")
     parser.add_argument("--ask", nargs="+", metavar="QUESTION",
                         help="questions; standard output gets their answers, a line each")
+    parser.add_argument("--data", metavar="DIR",
+                        help="ask a whole split of this dataset, 'shapes' or a folder, instead")
+    parser.add_argument("--split", metavar="NAME", help="of --data (default test)")
+    parser.add_argument("--out", metavar="FILE", help="with --data: a line of JSON per question")
+    parser.add_argument("--skip-bad", action="store_true",
+                        help="with --data: leave bad records out, counted")
     parser.add_argument("--max-new-tokens", type=int,
                         help="longest answer, in tokens (default: what fits)")
-    parser.add_argument("--temperature", type=float, default=0.0,
+    parser.add_argument("--temperature", type=float,
                         help="0 takes the likeliest token, more draws more freely (default 0)")
     parser.add_argument("--top-k", type=int,
                         help="draw from the k likeliest tokens only (default: from all)")
     parser.add_argument("--mask", choices=MASKS, help="attend under another mask than the model's")
-    parser.add_argument("--seed", type=int, default=0, help="of what is drawn (default 0)")
+    parser.add_argument("--seed", type=int, help="of what is drawn (default 0)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default auto)")
-    args = parser.parse_args(argv)
-    if args.temperature != 0 and not 0.01 <= args.temperature <= 100:
-        fail(f"--temperature must be 0, or between 0.01 and 100, not {args.temperature}")
+    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"],
+                        help="auto is bfloat16 on recent GPUs (default auto)")
+    return parser
+
+
+def check(args) -> None:
+    """Raise ValueError where flags make no sense, or not together."""
+    if args.temperature and not 0.01 <= args.temperature <= 100:
+        raise ValueError(f"--temperature must be 0, or between 0.01 and 100, not "
+                         f"{args.temperature}")
     for name, value, least in (("top-k", args.top_k, 1), ("max-new-tokens", args.max_new_tokens, 1),
                                ("seed", args.seed, 0)):
         if value is not None and not least <= value < 2 ** 62:
-            fail(f"--{name} must be at least {least}, not {value}")
+            raise ValueError(f"--{name} must be at least {least}, not {value}")
     if any(not question.strip() for question in args.ask or []):
-        fail("--ask: a question is empty")
-    try:
-        torch.manual_seed(args.seed)
-        device, reason = choose_device(args.device)
+        raise ValueError("--ask: a question is empty")
+    for name in ("image", "ask", "max_new_tokens", "temperature", "top_k", "seed"):
+        if args.data and getattr(args, name) is not None:
+            raise ValueError(f"{flag(name)} does not go with --data: a split is asked greedily")
+    for name in ("split", "out"):
+        if not args.data and getattr(args, name) is not None:
+            raise ValueError(f"{flag(name)} needs --data")
+    if args.out and Path(args.out).exists():
+        raise ValueError(f"{args.out} exists already: remove it, or name another with --out")
+    if args.out and not Path(args.out).absolute().parent.is_dir():
+        raise ValueError(f"--out: there is no folder {Path(args.out).parent}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = make_parser().parse_args(argv)
+    with one_line():
+        check(args)
+        torch.manual_seed(args.seed or 0)
+        device, reason = choose_device(args.device, args.dtype)
         model = NanoAKI.load(args.model).to(device)
-        pictures = [open_picture(path) for path in args.image]
+        if model.tokenizer is None:
+            raise ValueError(f"{args.model} was saved without a tokenizer: it cannot be asked")
+        if args.data:
+            print(reason)
+            ask_split(model, args)
+            return
+        pictures = [open_picture(path) for path in args.image or []]
         limit = args.max_new_tokens or model.config.block_size
-        sampling = {"temperature": args.temperature, "top_k": args.top_k, "mask": args.mask}
-        with autocast(device):
-            if args.ask:
-                answers = model.ask([pictures] * len(args.ask), args.ask, limit, **sampling)
-                print(reason, file=sys.stderr)
-                for answer in answers:
-                    print(answer.replace("\n", "\\n"))
+        sampling = {"temperature": args.temperature or 0.0, "top_k": args.top_k, "mask": args.mask}
+        with autocast(device, args.dtype):
+            if args.ask is None:
+                print(f"{reason}; a question a line, Ctrl-D to leave")
+                prompt(model, pictures, limit, **sampling)
                 return
-            print(f"{reason}; a question a line, Ctrl-D to leave")
-            while question := input("> "):
-                try:
-                    stream(model, pictures, question, limit, **sampling)
-                except ValueError as e:
-                    print(e)
-    except EOFError:
-        print()
-    except ValueError as e:
-        fail(e)
+            answers = model.ask([pictures] * len(args.ask), args.ask, limit, **sampling)
+        print(reason, file=sys.stderr)
+        for answer in answers:
+            print(answer.replace("\n", "\\n"))
 
 
 if __name__ == "__main__":

@@ -1,111 +1,154 @@
 """
-Reads the one format, LLaVA's (data/README.md): records, their examples, and batches of those.
+Reads the one format, LLaVA's (data/README.md): records, and the examples that they hold.
 
     records = Records.read("data/shapes-seed0", "train.json")
     examples = Examples(records, tokenizer, config)
-    for batch in loader(examples, batch_size=64, seed=[0], steps=100): ...
+    examples[0].question, examples[0].whole
+
+The file itself is the store: a record is a range of its bytes, read when it is needed, so that
+processes share it and copy nothing.
 """
 import json
-import multiprocessing
 import os
 import re
-import signal
 import sys
 import warnings
-import zlib
 from array import array
 from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Iterable, Iterator, NamedTuple
+from typing import Any, Iterable, Iterator, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
-from nanoaki import ANSWER, Config, Tokenizer, build_sequence, fit_picture, pad_batch
+from nanoaki import ANSWER, Config, Tokenizer, build_sequence, fit_picture, place_pictures
 
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # too large is refused
 
-
-def pictures_of(record: dict) -> list[str]:
-    image = record.get("image") or []
-    return [image] if isinstance(image, str) else image
+# A record and what may be wrong with it ----------------------------------------------------------
 
 
-def problem_with(record, folder: Path, seen: set[str]) -> str | None:
-    """What is wrong with a record, or None; `seen` holds the pictures already found good."""
-    if not isinstance(record, dict) or not isinstance(record.get("conversations"), list):
-        return 'must be {"id", "image", "conversations": [...]}'
-    speakers = []
-    for turn in record["conversations"]:
+class Record(NamedTuple):
+    id: str
+    task: str                     # "" for none
+    pictures: list[str]           # paths below the folder
+    turns: list[tuple[str, str]]  # speaker, "system", "human" or "gpt", and text
+
+
+def parse_record(item: Any, number: int) -> Record:
+    """The record that an item of a file is; raises ValueError that says what is wrong with it."""
+    if not isinstance(item, dict) or not isinstance(item.get("conversations"), list):
+        raise ValueError('must be {"id", "image", "conversations": [...]}')
+    turns = []
+    for turn in item["conversations"]:
         if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
-            return 'each turn must be {"from": "human" or "gpt", "value": text}'
-        if turn.get("from") not in ("system", "human", "gpt"):
-            return f'unknown speaker {turn.get("from")!r}: "human", "gpt" or "system"'
-        if turn["from"] == "gpt" and not turn["value"].strip():
-            return "an answer is empty"
+            raise ValueError('each turn must be {"from": "human" or "gpt", "value": text}')
+        speaker, text = turn.get("from"), turn["value"]
+        if speaker not in ("system", "human", "gpt"):
+            raise ValueError(f'unknown speaker {speaker!r}: "human", "gpt" or "system"')
+        if speaker == "gpt" and not text.strip():
+            raise ValueError("an answer is empty")
         try:
-            turn["value"].encode()
+            text.encode()
         except UnicodeEncodeError:
-            return "text has a lone surrogate, which UTF-8 cannot encode"
-        speakers.append(turn["from"])
-    talk = speakers[speakers[:1] == ["system"]:]
+            raise ValueError("text has a lone surrogate, which UTF-8 cannot encode") from None
+        turns.append((speaker, text))
+    talk = [speaker for speaker, _ in turns]
+    if talk and talk[0] == "system":
+        talk = talk[1:]
     if not talk or talk != ["human", "gpt"] * (len(talk) // 2):
-        return 'turns must alternate, "human" then "gpt", after at most one "system"'
-    pictures = pictures_of(record)
+        raise ValueError('turns must alternate, "human" then "gpt", after at most one "system"')
+    pictures = item.get("image") or []
+    if isinstance(pictures, str):
+        pictures = [pictures]
     if not isinstance(pictures, list) or not all(isinstance(p, str) and p for p in pictures):
-        return '"image" must be a path, a list of paths, or absent'
-    written = sum(turn["value"].count("<image>") for turn in record["conversations"]
-                  if turn["from"] == "human")
-    if written not in (0, len(pictures)):
-        return (f"{written} <image> in the text for {len(pictures)} pictures: "
-                f"write one for each, or none")
+        raise ValueError('"image" must be a path, a list of paths, or absent')
     for picture in pictures:
-        if picture in seen:
-            continue
         if Path(picture).is_absolute() or ".." in Path(picture).parts:
-            return f"{picture}: must be a path below the data folder"
-        try:
-            with Image.open(folder / picture) as image:
-                if image.width * image.height > Image.MAX_IMAGE_PIXELS:
-                    return f"{picture}: {image.width} x {image.height} pixels are too many"
-                image.verify()  # of a PNG, all of it, undecoded; of others, what is cheap
-        except FileNotFoundError:
-            return f"{picture}: no such file"
-        except Image.DecompressionBombError:
-            return f"{picture}: more than twice {Image.MAX_IMAGE_PIXELS} pixels are too many"
-        except Exception as e:  # Pillow raises whatever the bytes make it raise
-            return f"{picture}: not a picture that Pillow can read ({type(e).__name__})"
-        seen.add(picture)
-    return None
+            raise ValueError(f"{picture}: must be a path below the data folder")
+    place_pictures(turns, len(pictures))  # which knows how many <image> there may be
+    return Record(str(item.get("id", number)), str(item.get("task") or ""), pictures, turns)
 
 
-def parse_list(text: str, path: Path) -> Iterator:
-    """The items of a JSON list and where each ends; raises ValueError if text is not a list."""
-    decoder, space = json.JSONDecoder(), re.compile(r"\s*")
-    at = space.match(text).end()
-    if text[at:at + 1] != "[":
-        raise ValueError(f"{path}: must be a JSON list of records")
-    at = space.match(text, at + 1).end()
-    more = text[at:at + 1] != "]"
-    while more:
-        try:
-            item, at = decoder.raw_decode(text, at)
-        except RecursionError:
-            raise ValueError(f"{path}: nested too deeply, at character {at}") from None
-        except ValueError as e:
-            raise ValueError(f"{path}: not JSON: {e}") from None
-        yield item, at
-        at = space.match(text, at).end()
-        more = text[at:at + 1] == ","
-        at = space.match(text, at + more).end()
-    if text[at:].strip() != "]":
-        raise ValueError(f"{path}: not a JSON list: ',' or ']' expected at character {at}")
+def check_picture(folder: Path, picture: str) -> None:
+    """Raise ValueError that names a picture and says what is wrong with it, without decoding it."""
+    try:
+        with Image.open(folder / picture) as image:
+            if image.width * image.height > Image.MAX_IMAGE_PIXELS:
+                raise ValueError(f"{image.width} x {image.height} pixels are too many")
+            image.verify()  # of a PNG, all of it, undecoded; of others, what is cheap
+    except FileNotFoundError:
+        raise ValueError(f"{picture}: no such file") from None
+    except Image.DecompressionBombError:
+        most = Image.MAX_IMAGE_PIXELS
+        raise ValueError(f"{picture}: more than twice {most} pixels are too many") from None
+    except ValueError as e:
+        raise ValueError(f"{picture}: {e}") from None
+    except Exception as e:  # Pillow raises whatever the bytes make it raise
+        raise ValueError(f"{picture}: not a picture that Pillow can read "
+                         f"({type(e).__name__})") from e
+
+
+def json_items(path: Path, part: int = 1 << 20) -> Iterator[tuple[Any, int, int]]:
+    """The items of a JSON list in a file and the bytes they stand at: (item, start, stop).
+
+    It is read in parts, of so many characters at least. Raises ValueError if it is no JSON list.
+    """
+    decoder, space = json.JSONDecoder(), re.compile(r"[ \t\r\n]*")
+    with open(path, encoding="utf-8", newline="") as file:
+        text, at, byte = file.read(part), 0, 0  # text[at] is that byte of the file
+        if text.startswith("\ufeff"):  # Windows editors put this mark in front
+            at, byte = 1, 3
+
+        def refill() -> bool:
+            nonlocal text, at
+            more = file.read(max(part, len(text) - at))
+            text, at = text[at:] + more, 0
+            return more != ""
+
+        def advance(stop: int) -> None:
+            nonlocal at, byte
+            byte += len(text[at:stop].encode())
+            at = stop
+
+        def sign() -> str:
+            """The next character that is no white space, "" at the end."""
+            advance(space.match(text, at).end())
+            while at == len(text) and refill():
+                advance(space.match(text, at).end())
+            return text[at:at + 1]
+
+        if sign() != "[":
+            raise ValueError(f"{path}: must be a JSON list of records")
+        advance(at + 1)
+        more = sign() != "]"
+        while more:
+            sign()
+            try:
+                item, stop = decoder.raw_decode(text, at)
+            except RecursionError:
+                raise ValueError(f"{path}: nested too deeply, at byte {byte}") from None
+            except ValueError as e:
+                if refill():
+                    continue
+                raise ValueError(f"{path}: not JSON: {e.msg}, in the item at byte {byte}") from None
+            if stop == len(text) and refill():  # a number may go on
+                continue
+            start = byte
+            advance(stop)
+            yield item, start, byte
+            more = sign() == ","
+            if more:
+                advance(at + 1)
+        if sign() != "]":
+            raise ValueError(f"{path}: not a JSON list: ',' or ']' expected at byte {byte}")
+        advance(at + 1)
+        if sign():
+            raise ValueError(f"{path}: not a JSON list: more stands behind it, at byte {byte}")
 
 
 def refuse(path: Path, bad: list[str], total: int, skip: bool) -> None:
@@ -117,90 +160,146 @@ def refuse(path: Path, bad: list[str], total: int, skip: bool) -> None:
         print(f"skipping: {lines}", file=sys.stderr)
 
 
-class Records:
-    """Checked records, compressed into one block: processes share it and copy no objects."""
+# Records -----------------------------------------------------------------------------------------
 
-    def __init__(self, path: Path, numbered: Iterable[tuple[int, dict]], skipped: int = 0):
-        packed, ends, numbers, replies = bytearray(), array("q"), array("q"), array("i")
-        pictures, group = [], -1  # of records in a row with the same pictures
-        for number, record in numbered:
-            group += not pictures or pictures != pictures_of(record)
-            turns, pictures, before, asked = record["conversations"], pictures_of(record), 0, 0
-            system = len(turns[0]["value"].encode()) + 2 if turns[0]["from"] == "system" else 0
-            placed = any("<image>" in t["value"] for t in turns if t["from"] == "human")
-            shown = 0 if placed else len(pictures)
-            for j, turn in enumerate(turns):
-                size = len(turn["value"].encode())
-                if turn["from"] == "human":
-                    shown += turn["value"].count("<image>")
-                if turn["from"] == "gpt":
-                    replies.extend((len(ends), j, shown, before, size, group, system + asked))
-                before, asked = before + size + 2, size + 2
-            talk = [{"from": t["from"], "value": t["value"]} for t in turns]
-            kept = {"id": str(record.get("id", number)), "image": pictures,
-                    "task": str(record.get("task") or ""), "conversations": talk}
-            packed += zlib.compress(json.dumps(kept).encode(), 1)
-            ends.append(len(packed))
-            numbers.append(number)
-        if not ends:
-            raise ValueError(f"{path}: there are no records")
-        self.path, self.folder, self.skipped = path, path.parent, skipped
-        self.data = torch.frombuffer(packed, dtype=torch.uint8)
-        self.ends = torch.frombuffer(ends, dtype=torch.int64)
-        self.numbers = torch.frombuffer(numbers, dtype=torch.int64)  # in the file
-        # Of each reply: record, turn, pictures before it, bytes before it, its own bytes, group,
-        # and bytes before it that are not history, which cannot be left out.
-        self.replies = torch.frombuffer(replies, dtype=torch.int32).view(-1, 7)
+
+class Replies(NamedTuple):
+    """What is known of each reply without reading it again: int32 tensors of one length."""
+    record: Tensor    # number of its record in the file
+    turn: Tensor
+    pictures: Tensor  # that stand before it
+    before: Tensor    # bytes of text before it
+    needed: Tensor    # those of them that cannot be left out: all but earlier turns
+    answer: Tensor    # its own bytes
+    group: Tensor     # number of a stretch of records with the same pictures
+
+    def where(self, keep: Tensor) -> "Replies":
+        return Replies(*(column[keep] for column in self))
+
+
+def replies_of(record: Record) -> Iterator[tuple[int, int, int, int, int]]:
+    """turn, pictures, before, needed and answer of each reply; see Replies."""
+    pictures = before = system = question = 0
+    placed = place_pictures(record.turns, len(record.pictures))
+    for turn, ((speaker, text), (_, pieces)) in enumerate(zip(record.turns, placed)):
+        size = len(text.encode())
+        if speaker == "gpt":
+            yield turn, pictures, before, system + question, size
+        if speaker == "system":
+            system = size + 2
+        question = size + 2  # <answer> or <eos>, and one to spare
+        before += question
+        pictures += len(pieces) - 1
+
+
+class Records:
+    """Checked records of a file: which bytes they stand at, and which of them are meant."""
+
+    def __init__(self, path: Path, stamp: tuple[int, int], spans: Tensor, rows: Tensor,
+                 replies: Replies, skipped: int):
+        self.path, self.folder, self.stamp = path, path.parent, stamp
+        self.spans = spans      # int64 (records in the file, 2): first byte, and first behind it
+        self.rows = rows        # int64: numbers of the records that are meant
+        self.replies = replies  # of these
+        self.skipped = skipped  # bad ones
 
     @classmethod
     def read(cls, folder, name: str, skip_bad: bool = False) -> "Records":
         """Records of folder/name, all checked; raises ValueError on bad ones, or skips them."""
-        path, seen, bad = Path(folder) / name, set(), []
+        path, bad, checked = Path(folder) / name, [], set()
+        spans, rows, replies = array("q"), array("q"), array("i")
+        last, group = [], -1
         try:
-            text = path.read_text("utf-8-sig")  # Windows editors put a mark in front
+            stamp = stamp_of(os.stat(path))
+            with tqdm(total=stamp[0], desc=f"reading {name}", unit="B", unit_scale=True,
+                      leave=False, delay=2) as bar:
+                for number, (item, start, stop) in enumerate(json_items(path)):
+                    spans.extend((start, stop))
+                    bar.update(stop - bar.n)
+                    try:
+                        record = parse_record(item, number)
+                        for picture in record.pictures:
+                            if picture not in checked:
+                                check_picture(path.parent, picture)
+                                checked.add(picture)
+                    except ValueError as e:
+                        id = item.get("id") if isinstance(item, dict) else None
+                        bad.append(f"record {number} (id {id!r}): {e}")
+                        continue
+                    if not last or record.pictures != last:
+                        group += 1
+                    last = record.pictures
+                    rows.append(number)
+                    for reply in replies_of(record):
+                        replies.extend((number, *reply, group))
         except OSError as e:
             raise ValueError(f"{path}: {e.strerror}") from None
         except UnicodeDecodeError as e:
-            raise ValueError(f"{path}: not UTF-8: {e}") from None
+            raise ValueError(f"{path}: not UTF-8: {e.reason}") from None
+        refuse(path, bad, len(spans) // 2, skip_bad)
+        if not rows:
+            raise ValueError(f"{path}: there are no records")
+        table = torch.frombuffer(replies, dtype=torch.int32).view(-1, len(Replies._fields))
+        return cls(path, stamp, torch.frombuffer(spans, dtype=torch.int64).view(-1, 2),
+                   torch.frombuffer(rows, dtype=torch.int64), Replies(*table.unbind(1)), len(bad))
 
-        def good() -> Iterator[tuple[int, dict]]:
-            n = -1
-            with tqdm(total=len(text), desc=f"reading {name}", unit="B", unit_scale=True,
-                      leave=False, delay=2) as bar:
-                for n, (record, at) in enumerate(parse_list(text, path)):
-                    if problem := problem_with(record, path.parent, seen):
-                        id = record.get("id") if isinstance(record, dict) else None
-                        bad.append(f"record {n} (id {id!r}): {problem}")
-                    else:
-                        yield n, record
-                    bar.update(at - bar.n)
-            refuse(path, bad, n + 1, skip_bad)
+    @contextmanager
+    def opened(self):
+        """The file, if it still is the one that was read; else raises ValueError."""
+        try:
+            with open(self.path, "rb") as file:
+                if stamp_of(os.fstat(file.fileno())) != self.stamp:
+                    raise ValueError(f"{self.path}: changed since it was read: put it back as it "
+                                     f"was, or begin anew")
+                yield file
+        except OSError as e:
+            raise ValueError(f"{self.path}: {e.strerror}") from None
 
-        records = cls(path, good())
-        records.skipped = len(bad)
-        return records
+    def records(self, numbers: Iterable[int]) -> Iterator[Record]:
+        """The records of these numbers in the file; raises ValueError if it has changed."""
+        with self.opened() as file:
+            for number in numbers:
+                start, stop = self.spans[number].tolist()
+                file.seek(start)
+                yield parse_record(json.loads(file.read(stop - start)), number)
+
+    def record(self, number: int) -> Record:
+        (record,) = self.records([number])
+        return record
 
     def __len__(self) -> int:
-        return len(self.ends)
+        return len(self.rows)
 
-    def __getitem__(self, i: int) -> dict:
-        start, end = int(self.ends[i - 1]) if i else 0, int(self.ends[i])
-        return json.loads(zlib.decompress(self.data[start:end].numpy()))
+    def __getitem__(self, i: int) -> Record:
+        return self.record(int(self.rows[i]))
+
+    def __iter__(self) -> Iterator[Record]:
+        return self.records(self.rows.tolist())
+
+    def where(self, keep: list[bool], skipped: int = 0) -> "Records":
+        """The records of which keep says so."""
+        rows = self.rows[torch.tensor(keep)]
+        if not len(rows):
+            raise ValueError(f"{self.path}: there are no records")
+        meant = torch.zeros(len(self.spans), dtype=torch.bool)
+        meant[rows] = True
+        replies = self.replies.where(meant[self.replies.record.long()])
+        return Records(self.path, self.stamp, self.spans, rows, replies, skipped)
 
     def split(self, share: float, seed: int) -> tuple["Records", "Records"]:
         """(rest, held out): about `share` of the records, and no picture on both sides."""
-        group = {}  # picture -> the first picture that records link it to
+        parent = {}  # picture -> one that records link it to
 
         def first(picture):
-            while group.setdefault(picture, picture) != picture:
-                picture = group[picture]
+            while parent.setdefault(picture, picture) != picture:
+                picture = parent[picture]
             return picture
 
         keys = []
-        for i in range(len(self)):
-            pictures = pictures_of(self[i]) or [i]
+        for i, record in enumerate(self):
+            pictures = record.pictures or [i]
             for picture in pictures[1:]:
-                group[first(picture)] = first(pictures[0])
+                parent[first(picture)] = first(pictures[0])
             keys.append(pictures[0])
         held, wanted = set(), max(1, round(share * len(self)))
         counts = Counter(first(key) for key in keys)
@@ -212,27 +311,54 @@ class Records:
         if len(held) == len(names):
             raise ValueError(f"{self.path}: no record can be held out without a picture on both "
                              f"sides; add records about other pictures")
-
-        def side(held_out: bool) -> Iterator[tuple[int, dict]]:
-            return ((int(self.numbers[i]), self[i]) for i, key in enumerate(keys)
-                    if (first(key) in held) == held_out)
-
-        return Records(self.path, side(False), self.skipped), Records(self.path, side(True))
+        is_held = [first(key) in held for key in keys]
+        return self.where([not h for h in is_held], self.skipped), self.where(is_held)
 
     def without(self, pictures: set[str]) -> "Records":
         """The records that show none of these pictures."""
-        kept = ((int(self.numbers[i]), record) for i, record in enumerate(self)
-                if not pictures & set(pictures_of(record)))
-        return Records(self.path, kept, self.skipped)
+        return self.where([not pictures & set(record.pictures) for record in self], self.skipped)
 
     def texts(self, limit: int, seed: int = 0) -> Iterator[str]:
         """All text of the records, in an order drawn from seed, up to limit bytes."""
-        for i in np.random.default_rng(seed).permutation(len(self)):
-            for turn in self[int(i)]["conversations"]:
-                limit -= len(turn["value"].encode())
+        order = np.random.default_rng(seed).permutation(len(self))
+        for record in self.records(self.rows[order].tolist()):
+            placed = place_pictures(record.turns, len(record.pictures))
+            for (_, text), (_, pieces) in zip(record.turns, placed):
+                limit -= len(text.encode())
                 if limit < 0:
                     return
-                yield turn["value"].replace("<image>\n", "")
+                yield from pieces
+
+
+def read_split(folder: Path, name: str, skip_bad: bool = False) -> Records:
+    """The records of one split of a folder; without val.json those that are held out for it."""
+    if name == "val" and not (folder / "val.json").exists():
+        return read_splits(folder, skip_bad)["val"]
+    return Records.read(folder, f"{name}.json", skip_bad)
+
+
+def read_splits(folder: Path, skip_bad: bool = False) -> dict[str, Records]:
+    """The records of a folder by split; without val.json some of train's are held out."""
+    names = [name for name in ("train", "captions", "val", "test")
+             if name == "train" or (folder / f"{name}.json").exists()]
+    records = {name: Records.read(folder, f"{name}.json", skip_bad) for name in names}
+    if "val" not in records:
+        records["train"], records["val"] = records["train"].split(0.05, 0)
+        print(f"no val.json: {len(records['val']):,} records are held out, by picture")
+        if "captions" in records:  # else stage 1 would teach what is held out
+            held_out = {picture for record in records["val"] for picture in record.pictures}
+            before = len(records["captions"])
+            records["captions"] = records["captions"].without(held_out)
+            print(f"and {before - len(records['captions']):,} captions of their pictures left out")
+    return records
+
+
+def stamp_of(status: os.stat_result) -> tuple[int, int]:
+    """Size and time of a file: what changes when it does."""
+    return status.st_size, status.st_mtime_ns
+
+
+# Examples ----------------------------------------------------------------------------------------
 
 
 class Example(NamedTuple):
@@ -246,69 +372,43 @@ class Example(NamedTuple):
     pictures: list[Path]
 
 
-class Batch(NamedTuple):
-    images: Tensor | None  # uint8 (different pictures, 3, H, W)
-    index: Tensor          # int64: which of them stands at each <image> of the batch
-    tokens: Tensor         # int64 (B, T)
-    roles: Tensor          # int64 (B, T)
-    targets: Tensor        # int64 (B, T), -100 outside ANSWER
-    ids: list[str]
+class Examples:
+    """A conversation of n turns is n examples, in the tokens of a model.
 
-
-class Examples(Dataset):
-    """A conversation of n turns is n examples; as captions, a record is its last reply alone."""
+    Raises ValueError where an answer or a question does not fit its positions, or skips those.
+    """
 
     def __init__(self, records: Records, tokenizer: Tokenizer, config: Config,
-                 captions: bool = False, skip_bad: bool = False):
-        self.records, self.tokenizer = records, tokenizer
-        self.config, self.captions = config, captions
-        self.augment_seed = None  # a list of numbers: augment the pictures of batches
-        replies = records.replies
-        if captions:
-            last = torch.cat([replies[1:, 0] != replies[:-1, 0], torch.tensor([True])])
-            replies = replies[last] * torch.tensor([1, 1, 1, 0, 1, 1, 0], dtype=torch.int32)
-        self.index = replies[:, :2]  # (record, turn) of each example
-        visual = replies[:, 2] * config.visual_tokens
-        text = replies[:, 3] + replies[:, 4] + 2  # bytes, <answer> and <eos>: no fewer than tokens
-        bad, least = {}, replies[:, 6] + replies[:, 4] + 2
-        for i in (visual + least > config.block_size).nonzero()[:, 0].tolist():
-            try:
-                self[i]
-            except ValueError as e:
-                r = int(self.index[i, 0])
-                bad[i] = f"record {records.numbers[r]} (id {records[r]['id']!r}): {e}"
+                 skip_bad: bool = False):
+        self.records, self.tokenizer, self.config = records, tokenizer, config
+        self.replies = records.replies
+        bad = self.too_long()
         refuse(records.path, list(bad.values()), len(self), skip_bad)
         self.skipped = records.skipped + len(bad)
         keep = torch.ones(len(self), dtype=torch.bool)
         keep[list(bad)] = False
-        self.index, visual, text = self.index[keep], visual[keep], text[keep]
-        self.groups = replies[keep, 5]
+        self.replies = self.replies.where(keep)
         if not len(self):
             raise ValueError(f"{records.path}: there are no examples")
-        some = range(0, len(self), -(-len(self) // 500))
-        tokens = sum(len(self[i].whole[0]) - int(visual[i]) for i in some)
-        self.lengths = visual + text * (tokens / int(text[some].sum()))  # in tokens, about
-        self.lengths.clamp_(max=config.block_size)  # a longer history is shortened
+        self.lengths = self.estimated_lengths()
 
     def __len__(self) -> int:
-        return len(self.index)
-
-    def example(self, record: int, turn: int) -> Example:
-        r = self.records[record]
-        turns = [(t["from"], t["value"]) for t in r["conversations"]]
-        given, answer = [("human", "")] if self.captions else turns[:turn], turns[turn][1]
-        pictures = [self.records.folder / p for p in pictures_of(r)]
-        if not self.captions and any("<image>" in text for who, text in turns if who == "human"):
-            shown = sum(text.count("<image>") for who, text in given if who == "human")
-            pictures = pictures[:shown]
-        whole = build_sequence(self.tokenizer, self.config, given, len(pictures), answer)
-        start = whole[1].index(ANSWER)
-        prompt = whole[0][:start], whole[1][:start]
-        question = given[-1][1].replace("<image>", "").strip()
-        return Example(r["id"], r["task"], question, answer, prompt, whole, pictures)
+        return len(self.replies.turn)
 
     def __getitem__(self, i: int) -> Example:
-        return self.example(*self.index[i].tolist())
+        return self.example(i, self.config.order)
+
+    def example(self, i: int, order: str) -> Example:
+        """The example with its pictures in an order; see place_pictures."""
+        record = self.records.record(int(self.replies.record[i]))
+        turn, pictures = int(self.replies.turn[i]), int(self.replies.pictures[i])
+        before = place_pictures(record.turns, len(record.pictures), order)[:turn]
+        answer = record.turns[turn][1]
+        whole = build_sequence(self.tokenizer, self.config, before, answer)
+        start = whole[1].index(ANSWER)
+        return Example(record.id, record.task, "".join(before[-1][1]).strip(), answer,
+                       (whole[0][:start], whole[1][:start]), whole,
+                       [self.records.folder / path for path in record.pictures[:pictures]])
 
     def picture(self, path: Path) -> Tensor:
         """uint8 (3, image_size, image_size); raises ValueError if the file is no picture."""
@@ -318,142 +418,23 @@ class Examples(Dataset):
         except Exception as e:
             raise ValueError(f"{path}: the picture cannot be read ({type(e).__name__}: {e})") from e
 
-    def __getitems__(self, indices: list[int]) -> "Batch | ValueError":
-        """The batch of some examples, pictures decoded; or what is wrong with one, to raise."""
-        examples = [self[i] for i in indices]
-        number = {path: n for n, path in enumerate({p: None for e in examples for p in e.pictures})}
-        try:
-            pictures = [self.picture(path) for path in number]
-        except ValueError as e:
-            return e  # raised in a worker, it would reach the user as a traceback
-        if self.augment_seed is not None:  # a function of seed, step and picture, however split
-            for n, path in enumerate(number):
-                name = zlib.crc32(path.relative_to(self.records.folder).as_posix().encode())
-                rng = np.random.default_rng([*self.augment_seed, indices.step, name])
-                pictures[n] = augment(pictures[n], rng)
-        index = torch.tensor([number[p] for e in examples for p in e.pictures], dtype=torch.int64)
-        return Batch(torch.stack(pictures) if pictures else None, index,
-                     *pad_batch([e.whole for e in examples]), [e.id for e in examples])
+    def too_long(self) -> dict[int, str]:
+        """Of each example that does not fit the positions, what to say of it."""
+        found, r = {}, self.replies
+        least = r.pictures * self.config.visual_tokens + r.needed + r.answer + 2  # <answer>, <eos>
+        for i in (least > self.config.block_size).nonzero()[:, 0].tolist():  # bytes, maybe merged
+            try:
+                self[i]
+            except ValueError as e:
+                number = int(r.record[i])
+                found[i] = f"record {number} (id {self.records.record(number).id!r}): {e}"
+        return found
 
-
-def augment(picture: Tensor, rng: np.random.Generator) -> Tensor:
-    """A picture as a slightly other camera sees it, uint8 (3, S, S) -> the same.
-
-    Up to 8% smaller, anywhere on grey, brighter or darker, with noise: never flipped,
-    cropped or recoloured, so that answers about left and right, counts and colors stay true.
-    """
-    size = picture.shape[-1]
-    small = size - int(rng.integers(0, max(1, round(0.08 * size)) + 1))
-    x, y = rng.integers(0, size - small + 1, 2)
-    square = torch.full(picture.shape, 128.0)
-    square[:, y:y + small, x:x + small] = F.interpolate(
-        picture[None].float(), (small, small), mode="bilinear", antialias=True)[0]
-    noise = torch.from_numpy(rng.normal(0, 3, picture.shape).astype(np.float32))
-    return (square * rng.uniform(0.9, 1.1) + noise).clamp(0, 255).to(torch.uint8)
-
-
-class Indices(list):
-    """Indices of a step's examples, or of a piece of them, and the number of the step."""
-    step = 0
-
-
-class Batches(Sampler):
-    """Indices of each step's batch, from step `start` to `steps`: a pure function of (seed, step).
-
-    Every example comes once an epoch, but for the last few that fill no batch. Up to `share`
-    examples about the same pictures stand together. A batch comes whole, or as some pieces of the
-    number that it is cut into. A window of batches that would be more than a quarter padding is
-    sorted by length, those within a third of each other counting as equal. Others stay mixed:
-    batches of like examples teach worse (shapes' captions, sorted: 62% right, not 96%).
-    """
-
-    def __init__(self, examples: "Examples", batch_size: int, seed: list[int], steps: int,
-                 start: int = 0, share: int = 1, pieces: range = range(1), of: int = 1,
-                 window: int = 32):
-        # Copies: a spawned worker is sent the tensors by shared memory, and their own is freed.
-        self.lengths = examples.lengths.numpy().copy()
-        self.groups = examples.groups.numpy().copy()
-        self.batch_size, self.seed, self.steps, self.start = batch_size, seed, steps, start
-        self.share, self.window, self.pieces, self.of = share, window * batch_size, pieces, of
-
-    def __len__(self) -> int:
-        return (self.steps - self.start) * len(self.pieces)
-
-    def epoch(self, number: int) -> np.ndarray:
-        """All batches of an epoch, (batches, batch_size)."""
-        rng = np.random.default_rng([*self.seed, number])
-        rounds = -(-self.batch_size // len(self.groups))  # fewer examples than a batch: repeat
-        order = np.concatenate([self.shuffled(rng) for _ in range(rounds)])
-        order = order[:len(order) // self.batch_size * self.batch_size]
-        for at in range(0, len(order), self.window):
-            part, bounds = order[at:at + self.window], [0.0]
-            lengths = self.lengths[part].reshape(-1, self.batch_size)
-            if lengths.mean() >= 0.75 * lengths.max(1).mean():
-                continue
-            for length in np.unique(lengths):
-                if length > 1.35 * bounds[-1]:
-                    bounds.append(length)
-            classes = np.searchsorted(bounds, self.lengths[part], side="right")
-            part[:] = part[np.argsort(classes, kind="stable")]
-        return rng.permutation(order.reshape(-1, self.batch_size))
-
-    def shuffled(self, rng: np.random.Generator) -> np.ndarray:
-        """Every example once, up to `share` of a group in a row."""
-        order = rng.permutation(len(self.groups))
-        order = order[np.argsort(self.groups[order], kind="stable")]
-        first = np.searchsorted(self.groups[order], self.groups[order])  # of its group
-        part = np.cumsum((np.arange(len(order)) - first) % self.share == 0) - 1
-        place = np.argsort(rng.permutation(part[-1] + 1))  # of each part
-        return order[np.argsort(place[part], kind="stable")]
-
-    def __iter__(self) -> Iterator[list[int]]:
-        number = batches = None
-        for step in range(self.start, self.steps):
-            per_epoch = max(1, len(self.groups) // self.batch_size)
-            if step // per_epoch != number:
-                number = step // per_epoch
-                batches = self.epoch(number)
-            cut = np.array_split(batches[step % per_epoch], self.of)
-            for piece in self.pieces:
-                indices = Indices(cut[piece].tolist())
-                indices.step = step
-                yield indices
-
-
-def loader(examples: Examples, *how, workers: int = 1, **more) -> DataLoader:
-    """The batches of Batches(examples, *how, **more), read and decoded by worker processes."""
-    batches = Batches(examples, *how, **more)
-    return DataLoader(examples, batch_sampler=batches, num_workers=workers, collate_fn=_whole,
-                      pin_memory=torch.cuda.is_available(), worker_init_fn=leave_group,
-                      prefetch_factor=4 if workers else None)
-
-
-def _whole(batch: Batch) -> Batch:
-    return batch  # __getitems__ has made it
-
-
-GROUP = {signal.SIGINT, signal.SIGTERM}  # what a terminal or a scheduler sends to a whole group
-
-
-@contextmanager
-def signals_blocked():
-    """A process started within gets no signal of its group before it has called leave_group."""
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, GROUP)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def leave_group(worker: int = 0) -> None:
-    """Signals to the group, as Ctrl-C, are for the process that started this one: it ends it."""
-    if hasattr(os, "setpgid"):
-        os.setpgid(0, 0)
-        while some := signal.sigpending() & GROUP:
-            signal.sigwait(some)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, GROUP)
-        if os.getppid() != multiprocessing.parent_process().pid:
-            sys.exit(1)  # it is dead: torch's own watch begins after this, and would not see it
+    def estimated_lengths(self) -> Tensor:
+        """About how many tokens each example has, by the bytes that 500 of them take a token."""
+        r = self.replies
+        visual, text = r.pictures * self.config.visual_tokens, r.before + r.answer + 2
+        some = range(0, len(self), -(-len(self) // 500))
+        tokens = sum(len(self[i].whole[0]) - int(visual[i]) for i in some)
+        lengths = visual + text * (tokens / int(text[some].sum()))
+        return lengths.clamp(max=self.config.block_size)  # a longer history is shortened

@@ -178,13 +178,27 @@ def make(folder: Path, seed: int = 0, scenes: int = 20000, held_out: int = 600,
     write(folder, f"shapes {seed}", scenes, held_out, random_scene, show)
 
 
-def command(make: Callable, dataset: str) -> None:
+def find(data: str) -> Path:
+    """The folder of some data; "shapes" is the built-in one, made if need be."""
+    if data != "shapes":
+        return Path(data)
+    folder = Path(__file__).parent / "shapes-seed0"
+    if not folder.exists():
+        make(folder)
+    return folder
+
+
+def make_parser(dataset: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=f"make the {dataset} dataset", allow_abbrev=False,
                                      usage=argparse.SUPPRESS)  # errors are one line
     parser.add_argument("--seed", type=int, default=0, help="others give other scenes (default 0)")
     parser.add_argument("--scenes", type=int, default=20000, help="to train on (default 20000)")
     parser.add_argument("--out", type=Path, help=f"folder (default data/{dataset}-seed<seed>)")
-    args = parser.parse_args()
+    return parser
+
+
+def command(make: Callable, dataset: str) -> None:
+    args = make_parser(dataset).parse_args()
     try:
         if args.scenes < 1 or args.seed < 0:
             raise ValueError(f"--scenes must be at least 1 and --seed 0, not {args.scenes} and "
