@@ -26,7 +26,7 @@ from PIL import Image
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from engine.flags import Parser, fail
+from engine.flags import Parser, fail, run_script
 from engine.pictures import GAP, LINE, frame, join, legend, padded, text
 from nanoaki import (ANSWER, IMAGE, MASKS, PAD, PROMPT, NanoAKI, Tokenizer, build_sequence,
                      fit_picture, make_mask, open_picture, place_pictures)
@@ -388,7 +388,7 @@ def check(args, masks: list[str]) -> None:
         raise ValueError(f"{answers} answers for {questions} questions: give one, or one for each")
 
 
-def main(argv: list[str] | None = None) -> None:
+def make_parser() -> Parser:
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--ask", nargs="+", required=True, metavar="QUESTION",
@@ -402,7 +402,11 @@ def main(argv: list[str] | None = None) -> None:
     add("--image", nargs="+", metavar="FILE", help="the pictures that it is asked")
     add("--layer", type=int, help="from 1 (default: all, and their mean)")
     add("--head", type=int, help="from 1 (default: the mean)")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = make_parser().parse_args(argv)
     masks = ("causal,mma,prefix,image" if args.masks is None else args.masks).split(",")
     try:
         check(args, masks)
@@ -426,5 +430,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # a console may not know every character
-    main()
+    run_script(main)

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
-# Part one, the model =============================================================================
+# Part one: the model
 
 # Every position of a sequence has a role. What is given may be mutual; what is generated is causal.
 PAD = 0     # padding: sees only itself, and nobody else sees it
@@ -40,7 +40,7 @@ class Token(NamedTuple):
     """What a mask, a rule about two tokens, may know of one: tensors that broadcast, or numbers."""
     place: Tensor  # 0, 1, 2 ... in the row
     role: Tensor
-    run: Tensor    # text tokens before it: equal for the visual tokens of one unbroken run
+    run: Tensor    # text tokens up to it: equal for the visual tokens of one unbroken run
 
 
 def causal(q: Token, k: Token) -> Tensor:
@@ -77,7 +77,7 @@ def mma(q: Token, k: Token) -> Tensor:
 
 
 def prefix(q: Token, k: Token) -> Tensor:
-    """Causal, or both are given, image or prompt: PaliGemma (arXiv 2407.07726)."""
+    """Causal, or both are given, none an answer: PaliGemma (arXiv 2407.07726)."""
     return causal(q, k) | (q.role != ANSWER) & (k.role != ANSWER)
 
 
@@ -215,14 +215,14 @@ class Decoder(nn.Module):
 
 
 class Batch(NamedTuple):
-    """What a training step learns from; its flat places, b * T + t, were found on the CPU."""
+    """What a training step learns from; its flat indices, b * T + t, were found on the CPU."""
     images: Tensor   # uint8 (N, 3, H, W): each picture once; without any, one that is not shown
     shown: Tensor    # int64 (pictures in the sequences,): which of them stand there, in order
     tokens: Tensor   # int64 (B, T)
     roles: Tensor    # int64 (B, T)
     targets: Tensor  # int64 (B, T), -100 outside ANSWER
-    visual: Tensor   # int64: flat places of the visual tokens
-    learned: Tensor  # int64: flat places that have a target
+    visual: Tensor   # int64: flat indices of the visual tokens
+    learned: Tensor  # int64: flat indices of what has a target, never the first of a row
     ids: list[str]   # of the records, one per row
     problem: str     # what was wrong with a record or a picture; "" if nothing
 
@@ -247,10 +247,10 @@ class Model(nn.Module):
         """Visual tokens (N, V, n_embd) of images uint8 (N, 3, H, W)."""
         return self.projector(self.vit(images))
 
-    def embed(self, visual: Tensor, places: Tensor, tokens: Tensor, roles: Tensor) -> Tensor:
-        """Embeddings (B, T, n_embd) of tokens, and of visual (n, V, n_embd) at flat places."""
+    def embed(self, visual: Tensor, flat: Tensor, tokens: Tensor, roles: Tensor) -> Tensor:
+        """Embeddings (B, T, n_embd) of tokens, and of visual (n, V, n_embd) at flat indices."""
         x = self.decoder.token(tokens)
-        x = x.flatten(0, 1).index_copy(0, places, visual.flatten(0, 1).to(x.dtype)).view_as(x)
+        x = x.flatten(0, 1).index_copy(0, flat, visual.flatten(0, 1).to(x.dtype)).view_as(x)
         x = x + self.decoder.position(positions(roles))
         return F.dropout(x, self.config.dropout, self.training)
 
@@ -305,14 +305,17 @@ class Model(nn.Module):
         if longest > c.block_size:
             raise ValueError(f"a sequence of {longest} tokens is longer than the model's "
                              f"{c.block_size} positions")
-        places = (roles == IMAGE).flatten().nonzero()[:, 0]
-        return self.embed(self.see(images), places, tokens, roles)
+        flat = (roles == IMAGE).flatten().nonzero()[:, 0]
+        return self.embed(self.see(images), flat, tokens, roles)
 
     @torch.no_grad()
     def stream(self, images: Tensor | None, tokens: Tensor, roles: Tensor, max_new_tokens: int,
                temperature: float = 0.0, top_k: int | None = None, mask: str | None = None):
         """Yield, for every step, the B new ids (None for rows that have ended); see generate."""
         c, (B, T) = self.config, tokens.shape
+        if not (temperature >= 0 and max_new_tokens >= 0 and (top_k is None or top_k >= 1)):
+            raise ValueError(f"temperature {temperature} and max_new_tokens {max_new_tokens} must "
+                             f"be at least 0, top_k {top_k} at least 1")
         room = [c.block_size - n for n in (roles != PAD).sum(1).tolist()]
         if min(room) < 1:
             raise ValueError(f"a prompt of {c.block_size - min(room)} tokens leaves no room for an "
@@ -322,11 +325,11 @@ class Model(nn.Module):
         x = self.read(images, tokens, roles)                            # (B, T, n_embd)
         roles = F.pad(roles, (0, steps), value=ANSWER)                  # answers from column T on
         position = positions(roles).clamp(max=c.block_size - 1)         # ended rows run on, unread
-        mask = make_mask(mask or c.mask, roles)[:, None]                # (B, 1, all, all)
+        sees = make_mask(mask or c.mask, roles)[:, None]                # (B, 1, all, all)
         caches = [Cache(T + steps) for _ in self.decoder.blocks]
         # Prefill: all that is given, once. Under the causal mask the picture's part of the cache
         # would serve the next question, too; under MMA its keys have read this one: look anew.
-        x = self.decoder(x, mask[:, :, :T, :T], caches)
+        x = self.decoder(x, sees[:, :, :T, :T], caches)
         x = x[torch.arange(B, device=x.device), last]                   # (B, n_embd)
         for t in range(T, T + steps):
             new = choose(self.decoder.head(x).float(), temperature, top_k)          # (B,)
@@ -338,7 +341,7 @@ class Model(nn.Module):
             if t + 1 < T + steps:
                 # Decode: a row of the mask. Nothing given reads an answer: the cache stays right.
                 x = (self.decoder.token(new) + self.decoder.position(position[:, t]))[:, None]
-                x = self.decoder(x, mask[:, :, t:t + 1, :t + 1], caches)[:, 0]
+                x = self.decoder(x, sees[:, :, t:t + 1, :t + 1], caches)[:, 0]
 
     def generate(self, images: Tensor | None, tokens: Tensor, roles: Tensor, max_new_tokens: int,
                  temperature: float = 0.0, top_k: int | None = None,
@@ -368,8 +371,6 @@ def positions(roles: Tensor) -> Tensor:
 
 def choose(logits: Tensor, temperature: float, top_k: int | None) -> Tensor:
     """The likeliest id of each row of logits (B, vocab_size), or a draw: int64 (B,)."""
-    if temperature < 0 or top_k is not None and top_k < 1:
-        raise ValueError(f"temperature {temperature} must be at least 0, top_k {top_k} at least 1")
     if temperature == 0:
         return logits.argmax(-1)
     if top_k is not None:
@@ -378,9 +379,7 @@ def choose(logits: Tensor, temperature: float, top_k: int | None) -> Tensor:
     return torch.multinomial((logits / temperature).softmax(-1), 1)[:, 0]
 
 
-# Part two, what stands around it ==================================================================
-
-# Configuration ----------------------------------------------------------------------------------
+# Part two: what stands around it
 
 
 def knob(default, help: str, least: float | None = None, choices: list[str] | None = None):
@@ -391,7 +390,8 @@ def knob(default, help: str, least: float | None = None, choices: list[str] | No
 def check_knobs(settings) -> None:
     """Raise ValueError that names a field out of its bounds, its value, and what would be right."""
     for f in fields(settings):
-        value, (_, least, choices) = getattr(settings, f.name), f.metadata.values()
+        value, least = getattr(settings, f.name), f.metadata["least"]
+        choices = f.metadata["choices"]
         if type(f.default) is int and type(value) is not int:
             raise ValueError(f"{f.name} must be a whole number, not {value!r}")
         if least is not None and not value >= least:
@@ -452,8 +452,6 @@ PRESETS = {
                    image_size=224, vit_layer=12, vit_head=12, vit_embd=768),
 }
 
-# Tokenizer ---------------------------------------------------------------------------------------
-
 
 def _merge(ids: list[int], pair: tuple[int, int], new: int) -> list[int]:
     merged, i = [], 0
@@ -495,13 +493,13 @@ class Tokenizer:
             raise ValueError(f"vocab_size {vocab_size} must be at least 260: bytes and specials")
         counts = Counter(word for text in texts for word in cls.words.findall(text))
         words = [(list(word.encode()), n) for word, n in counts.items()]
-        pairs, places, merges = Counter(), defaultdict(dict), []  # how often, in which words
+        pairs, words_with, merges = Counter(), defaultdict(dict), []
 
         def count(i, sign):
             ids, n = words[i]
             for pair in zip(ids, ids[1:]):
                 pairs[pair] += sign * n
-                places[pair][i] = True
+                words_with[pair][i] = True
 
         for i in range(len(words)):
             count(i, 1)
@@ -509,11 +507,11 @@ class Tokenizer:
             best = max(pairs, key=pairs.get)
             if pairs[best] < 2:
                 break
-            for i in list(places[best]):
+            for i in list(words_with[best]):
                 count(i, -1)
                 words[i][0][:] = _merge(words[i][0], best, 260 + len(merges))
                 count(i, 1)
-            del pairs[best], places[best]
+            del pairs[best], words_with[best]
             merges.append(best)
         return cls(merges)
 
@@ -538,41 +536,42 @@ class Tokenizer:
         return text.decode("utf-8", errors="replace")
 
 
-# From text and pictures to a sequence ------------------------------------------------------------
-
-
 def place_pictures(turns: list[tuple[str, str]], pictures: int,
                    order: str = "data") -> list[tuple[str, list[str]]]:
     """Turns with their text in pieces, between which pictures stand: the one reader of <image>.
 
     turns are (speaker, text), speaker "system", "human" or "gpt". Where human text has as many
-    <image> as there are pictures, they stand where they are written, line breaks around them
-    dropped; where it has none, all stand before the first turn. Under order "image" those at an
-    edge of a human turn's text, or not written, come before it, under "text" after it. Raises
-    ValueError on any other count of <image>.
+    <image> as there are pictures, they stand where they are written; where it has none, all stand
+    before the first turn. Under order "image" those at an edge of a human turn's text, or not
+    written, come before it, under "text" after it. Line breaks around human text and around its
+    pictures are dropped. Raises ValueError on any other count of <image>.
     """
-    placed = []
+    written = sum(text.count("<image>") for speaker, text in turns if speaker == "human")
+    if written not in (0, pictures):
+        raise ValueError(f"{written} <image> in the text for {pictures} pictures: "
+                         f"write one for each, or none")
+    placed, unwritten = [], [""] * (pictures - written)
     for speaker, text in turns:
         pieces = [text]
         if speaker == "human":
             pieces = [piece.strip("\n") for piece in text.split("<image>")]
+        if order == "data" or speaker == "human":  # the first turn that may have them
+            pieces, unwritten = unwritten + pieces, []
+        if order != "data" and speaker == "human":
+            pieces = to_edge(pieces, order)
         placed.append((speaker, pieces))
-    written = sum(len(pieces) - 1 for _, pieces in placed)
-    if written not in (0, pictures):
-        raise ValueError(f"{written} <image> in the text for {pictures} pictures: "
-                         f"write one for each, or none")
-    humans = [pieces for speaker, pieces in placed if speaker == "human"]
-    if not written:
-        first = placed[0][1] if order == "data" else humans[0]
-        first[:0] = [""] * pictures
-    for pieces in humans if order != "data" else []:
-        inner, edge = list(pieces), 0
-        while len(inner) > 1 and not inner[0].strip():
-            inner, edge = inner[1:], edge + 1
-        while len(inner) > 1 and not inner[-1].strip():
-            inner, edge = inner[:-1], edge + 1
-        pieces[:] = [""] * edge + inner if order == "image" else inner + [""] * edge
     return placed
+
+
+def to_edge(pieces: list[str], order: str) -> list[str]:
+    """Pieces of a text whose pictures at an edge all stand before it ("image"), or after it."""
+    inner = pieces
+    while len(inner) > 1 and not inner[0].strip():
+        inner = inner[1:]
+    while len(inner) > 1 and not inner[-1].strip():
+        inner = inner[:-1]
+    edge = [""] * (len(pieces) - len(inner))
+    return edge + inner if order == "image" else inner + edge
 
 
 def build_sequence(tokenizer: Tokenizer, config: Config, turns: list[tuple[str, list[str]]],
@@ -611,20 +610,18 @@ def pad_batch(sequences: list[tuple[list[int], list[int]]]) -> tuple[Tensor, Ten
     return tokens, roles, torch.where(roles == ANSWER, tokens, -100)
 
 
-# Pictures ----------------------------------------------------------------------------------------
+PICTURE = (Image.Image, str, Path)  # what is one, where there may be several
 
 
 def open_picture(path) -> Image.Image:
     """The picture in a file, decoded; raises ValueError, naming the file, if there is none."""
     try:
-        image = Image.open(path)
-        image.load()
-        return image
-    except OSError as e:
-        reason = e.strerror or "not a picture that Pillow can read, such as PNG or JPEG"
-        raise ValueError(f"{path}: {reason}") from e
+        with Image.open(path) as image:
+            image.load()
+            return image
     except Exception as e:  # Pillow raises whatever the bytes make it raise
-        raise ValueError(f"{path}: the picture cannot be read ({e})") from e
+        reason = getattr(e, "strerror", None) or f"not a picture that Pillow can read ({e})"
+        raise ValueError(f"{path}: {reason}") from e
 
 
 def fit_picture(image: Image.Image, size: int) -> Tensor:
@@ -650,9 +647,6 @@ def fit_picture(image: Image.Image, size: int) -> Tensor:
     return pixels.view(size, size, 3).permute(2, 0, 1).contiguous()
 
 
-# A model with its tokenizer: ask, save, load ------------------------------------------------------
-
-
 class NanoAKI(Model):
     """A Model that is asked about pictures in words, saved and loaded.
 
@@ -676,11 +670,14 @@ class NanoAKI(Model):
         for question, answer in history:
             before += [("human", question), ("gpt", answer)]
         rows, squares = [], []
-        for shown, question in zip(images, questions):
-            shown = [shown] if is_picture(shown) else list(shown or [])
-            turns = place_pictures(before + [("human", question)], len(shown), self.config.order)
-            rows.append(build_sequence(self.tokenizer, self.config, turns))
-            for image in shown:
+        for pictures, question in zip(images, questions):
+            if isinstance(pictures, PICTURE):
+                pictures = [pictures]
+            pictures = [] if pictures is None else pictures
+            turns = before + [("human", question)]
+            placed = place_pictures(turns, len(pictures), self.config.order)
+            rows.append(build_sequence(self.tokenizer, self.config, placed))
+            for image in pictures:
                 image = image if isinstance(image, Image.Image) else open_picture(image)
                 squares.append(fit_picture(image, self.config.image_size))
         tokens, roles, _ = (t.to(self.decoder.token.weight.device) for t in pad_batch(rows))
@@ -697,8 +694,10 @@ class NanoAKI(Model):
         """
         one = isinstance(questions, str)
         questions = [questions] if one else questions
-        if one or images is None or is_picture(images):
+        if one or images is None or isinstance(images, PICTURE):
             images = [images] * len(questions)
+        if not questions:
+            return []
         limit = self.config.block_size if max_new_tokens is None else max_new_tokens
         prompt = self.prompt(images, questions, history, system)
         answers = [self.tokenizer.decode(ids) for ids in self.generate(*prompt, limit, **sampling)]
@@ -723,21 +722,14 @@ class NanoAKI(Model):
         return model.eval()
 
 
-def is_picture(thing) -> bool:
-    return isinstance(thing, (Image.Image, str, Path))
-
-
-def write_whole(path, write) -> None:
-    """Write a file whole or not at all: beside path, flushed to disk, renamed; raises OSError.
-
-    write is called with the open binary file.
-    """
+def save_file(state: dict, path) -> None:
+    """Write a checkpoint whole or not at all: beside path, flushed, renamed; raises OSError."""
     part = f"{path}.part"
     try:
-        with open(part, "wb") as f:
-            write(f)
-            f.flush()
-            os.fsync(f.fileno())
+        with open(part, "wb") as file:
+            torch.save({"nanoaki": 1} | state, file)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(part, path)
     except BaseException as e:
         if os.path.exists(part):
@@ -745,11 +737,6 @@ def write_whole(path, write) -> None:
         if isinstance(e, (OSError, RuntimeError)):  # torch.save raises the latter on a full disk
             raise OSError(f"{path} cannot be written, what it held is whole: {e}") from e
         raise
-
-
-def save_file(state: dict, path) -> None:
-    """Write a checkpoint, whole or not at all; raises OSError."""
-    write_whole(path, lambda f: torch.save({"nanoaki": 1} | state, f))
 
 
 def load_file(path) -> dict:
@@ -782,8 +769,7 @@ def main() -> None:
         states = model.hidden(images, tokens, roles, name)
         moved[name] = float((states[0, :V] - states[1, :V]).detach().abs().max())
     logits, _ = model(images, tokens, roles)
-    print(f"one forward: {len(tokens)} sequences of {V} visual tokens and {tokens.shape[1] - V} of "
-          f"text, logits {tuple(logits.shape)}\n"
+    print(f"one forward: logits {tuple(logits.shape)} of two sequences, {V} visual tokens in each\n"
           f"under causal another question moves visual tokens' states by {moved['causal']:.3g}\n"
           f"under mma it moves them by {moved['mma']:.3g}: there they have read it")
 

@@ -17,8 +17,8 @@ from data import shapes
 from data.llava import Examples, read_split
 from engine.device import autocast, choose_device
 from engine.evaluation import report
-from engine.flags import Parser, flag, one_line
-from nanoaki import MASKS, NanoAKI, open_picture, write_whole
+from engine.flags import Parser, flag, one_line, run_script
+from nanoaki import MASKS, NanoAKI, open_picture
 
 
 def stream(model: NanoAKI, pictures: list[Image.Image], question: str, limit: int,
@@ -58,7 +58,9 @@ def ask_split(model: NanoAKI, args) -> None:
                       dtype=args.dtype)
     if args.out:
         lines = [json.dumps(a._asdict()) + "\n" for a in answered]
-        write_whole(args.out, lambda file: file.write("".join(lines).encode()))
+        part = Path(f"{args.out}.part")
+        part.write_text("".join(lines))
+        part.replace(args.out)  # whole or not at all
 
 
 def make_parser() -> Parser:
@@ -140,8 +142,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # a console may not know every character
-    try:
-        main()
-    except KeyboardInterrupt:
-        raise SystemExit(130)
+    run_script(main)

@@ -10,9 +10,10 @@ import json
 import math
 import os
 import shlex
+import signal
 import sys
 import time
-from contextlib import ExitStack, nullcontext, redirect_stdout
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -28,10 +29,10 @@ from data.llava import Examples, read_splits
 from engine.checkpoint import Progress, save_run, saved_progress, settle
 from engine.device import Objective, choose_device, in_bfloat16, keep_freed_memory
 from engine.evaluation import draw_answered, examine, report
-from engine.flags import Parser, one_line
+from engine.flags import Parser, one_line, run_script
 from engine.folder import Metrics, hold, refuse_used
 from engine.optimizer import make_optimizers, schedule
-from engine.processes import (StopSignal, first_does, in_parallel, join_processes, load,
+from engine.processes import (StopSignal, first_does, in_parallel, joined_processes, load,
                               rank_and_world, total)
 from engine.scores import percent, scores
 from nanoaki import PRESETS, Batch, Config, NanoAKI, Tokenizer, check_knobs, knob, load_file
@@ -102,55 +103,53 @@ class Stage:
     mask: str
     steps: int
     lr: float
+    eval_every: int     # steps
+    eval_sample: int    # held-out examples
 
 
 class Run:
     """A model in training, in its folder."""
 
     def __init__(self, settings: Settings, model: NanoAKI, stages: list[Stage],
-                 device: torch.device):
-        self.settings, self.model, self.stages = settings, model.to(device), stages
-        self.device, self.out, self.progress = device, Path(settings.out), Progress()
+                 device: torch.device, progress: Progress):
+        self.settings, self.model, self.stages = settings, model, stages
+        self.device, self.progress, self.out = device, progress, Path(settings.out)
         self.rank, self.world = rank_and_world()
-        for part in filter(None, settings.freeze.split(",")):
-            getattr(model, part).requires_grad_(False)
+        self.metrics = Metrics(os.devnull if self.rank else self.out / "metrics.jsonl")
         self.objective = Objective(model, device, settings.dtype)
         wrapped = torch.compile(self.objective) if settings.compile else self.objective
         self.parallel = in_parallel(wrapped, device)
-        self.orders = ("image", "text") if settings.order == "dual" else (model.config.order,)
-        # evaluation fits where training does
-        share = 4 * settings.batch_size // (self.world * settings.grad_accum)
-        self.how = {"dtype": settings.dtype, "batch_size": min(250, max(1, share))}
-        self.metrics = Metrics(os.devnull if self.rank else self.out / "metrics.jsonl")
-        self.optimizers = self.make_optimizers()
+        self.optimizers = []
+        room = 4 * settings.batch_size // (self.world * settings.grad_accum)  # where training fits
+        self.how = {"dtype": settings.dtype, "batch_size": min(250, max(1, room))}
         self.began = self.saved = time.perf_counter()
         self.waited = self.trained = self.evaluated = 0.0  # seconds of this process
 
-    # One step ------------------------------------------------------------------------------------
+    def step(self, stage: Stage, parts: tuple[Batch, ...], targets: int) -> float:
+        """Batch, loss, gradient, optimizers; returns the loss.
 
-    def step(self, stage: Stage, parts: tuple[Batch, ...], learned: int) -> float:
-        """Batch, loss, gradient, optimizers; returns this process's share of the loss.
-
-        parts are this process's; learned is how many targets the step's whole batch has. Raises
+        parts are this process's; targets is how many the step's whole batch has. Raises
         FloatingPointError, before weights are touched.
         """
         s, loss = self.settings, torch.zeros((), device=self.device)
         seed = s.seed * 10 ** 9 + stage.number * 10 ** 8 + self.progress.step
         torch.manual_seed((seed * self.world + self.rank) % 2 ** 63)  # dropout: as ever, on resume
         for n, part in enumerate(parts):
-            waits = self.world > 1 and n + 1 < len(parts)  # DDP takes its mean with the last part
-            share = len(part.learned) / learned  # a mean of means would favour short answers
-            with self.parallel.no_sync() if waits else nullcontext():
+            last = n + 1 == len(parts)  # with which DDP takes its mean over processes
+            weight = len(part.learned) / targets  # a mean of means would favour short answers
+            with nullcontext() if last or self.world == 1 else self.parallel.no_sync():
                 mean = self.parallel(part, stage.mask)
-                (mean * (share * self.world)).backward()
-            loss = loss + mean.detach() * share
+                (mean * (weight * self.world)).backward()
+            loss = loss + mean.detach() * weight
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         loss, norm = read(loss, norm)
-        rate = schedule(self.progress.step, stage.steps, s.warmup)
+        loss, rate = total(loss)[0], schedule(self.progress.step, stage.steps, s.warmup)
         if not math.isfinite(loss + norm):
             what = (f"loss {loss}, gradient norm {norm}, at learning rate {stage.lr * rate:.2g}; "
                     f"the batch: " + " ".join(id for part in parts for id in part.ids))
             self.log(stage=stage.name, step=self.progress.step, diverged=what)
+            if self.rank > 0:
+                raise SystemExit(2)  # the first process says it
             raise FloatingPointError(f"{stage.name} step {self.progress.step}: {what}; "
                                      f"{self.out / 'last.pt'} is of before")
         for optimizer in self.optimizers:
@@ -160,15 +159,14 @@ class Run:
             optimizer.zero_grad()
         return loss
 
-    # All steps -----------------------------------------------------------------------------------
-
     def train(self) -> None:
         """All stages to their end; where a signal asks for a stop, save and leave with its code."""
         with StopSignal() as self.signal:
             stop = 0
             while self.progress.stage < len(self.stages) and not stop:
                 stop = self.train_stage(self.stages[self.progress.stage])
-            stop = stop or self.agree(0, False)[1]
+            _, late, _ = self.agree(0, "")
+            stop = stop or late
             if stop:
                 self.save()
                 print(f"stopped; {self.out / 'model.pt'} can be asked; to go on:\n"
@@ -183,22 +181,20 @@ class Run:
                   dynamic_ncols=True, mininterval=0.2 if sys.stderr.isatty() else 30,
                   disable=self.rank > 0) as bar:
             while now.step < stage.steps and not stop:
-                last = now.step + 1 == stage.steps
-                due = last or stage.name == "instruct" and (now.step + 1) % s.eval_every == 0
+                due = now.step + 1 == stage.steps or (now.step + 1) % stage.eval_every == 0
                 if due or clock() - self.saved > s.save_every:
                     self.save()  # also before an evaluation, which may find a broken picture
                 start = clock()
                 parts = next(batches)
                 self.waited += clock() - start
                 problem = " ".join(part.problem for part in parts).strip()
-                learned, stop, broken = self.agree(sum(len(p.learned) for p in parts), problem)
+                targets, stop, broken = self.agree(sum(len(p.learned) for p in parts), problem)
                 if broken:
                     self.save()
                     if problem:
                         raise ValueError(problem)
                     raise SystemExit(2)  # another process says it
-                loss = self.step(stage, parts, learned)
-                now.losses.append(total(loss)[0])
+                now.losses.append(self.step(stage, parts, targets))
                 now.step += 1
                 seconds += clock() - start
                 examples += s.batch_size
@@ -212,49 +208,53 @@ class Run:
         self.trained += seconds
         if now.step == stage.steps:
             now.stage, now.step = now.stage + 1, 0
-            self.optimizers = self.make_optimizers()
+            self.make_optimizers()
             self.save()
         return stop
 
-    def agree(self, learned: int, problem) -> tuple[int, int, bool]:
+    def agree(self, targets: int, problem: str) -> tuple[int, int, bool]:
         """Over all processes: targets of a step, the signal that asks for a stop, any problem.
 
         On the CPU: what processes agree on before a step is known there.
         """
         mine = self.signal.number  # read once: a later signal is for the next time that all agree
-        learned, signals, problems = total(learned, mine, float(bool(problem)))
-        return int(learned), mine or (15 if signals else 0), problems > 0
+        targets, signals, problems = total(targets, mine, float(problem != ""))
+        stop = mine
+        if signals and not mine:
+            stop = signal.SIGTERM
+        return int(targets), stop, problems > 0
 
     def load(self, stage: Stage):
         """For each step that is left of a stage, this process's parts of its batch."""
-        s, accum = self.settings, self.settings.grad_accum
+        s, accum, orders = self.settings, self.settings.grad_accum, (self.model.config.order,)
+        if s.order == "dual":
+            orders = ("image", "text")
         order = Order(stage.examples.lengths, stage.examples.replies.group, s.batch_size,
                       stage.steps, [s.seed, stage.number], s.share)
         augment_seed = [s.seed, stage.number] if s.augment else None
-        parts = [Batches(stage.examples, order, self.rank * accum + n, self.world * accum,
-                         self.orders, augment_seed) for n in range(accum)]
+        parts = [Batches(stage.examples, order, self.rank * accum + n, self.world * accum, orders,
+                         augment_seed) for n in range(accum)]
         return load(parts, self.progress.step, s.workers, self.device)
 
-    def make_optimizers(self) -> list[torch.optim.Optimizer]:
+    def make_optimizers(self) -> None:
         """New ones for each stage; none after the last."""
-        if self.progress.stage == len(self.stages):
-            return []
-        s, lr = self.settings, self.stages[self.progress.stage].lr
-        return make_optimizers(self.model, lr, s.adamw_lr, s.weight_decay,
-                               in_bfloat16(self.device.type, s.dtype))
+        self.optimizers, s = [], self.settings
+        if self.progress.stage < len(self.stages):
+            lr = self.stages[self.progress.stage].lr
+            self.optimizers = make_optimizers(self.model, lr, s.adamw_lr, s.weight_decay,
+                                              in_bfloat16(self.device.type, s.dtype))
 
     def evaluate(self, stage: Stage, speed: float) -> None:
         """Score held-out examples, always the same; in stage 2 the lowest loss makes model.pt."""
         start, instruct, now = time.perf_counter(), stage.name == "instruct", self.progress
-        sample = self.settings.eval_sample if instruct else 50  # captions are long, only watched
         self.model.eval()
-        loss, answered = examine(self.objective, stage.held_out, sample, stage.mask, instruct,
-                                 **self.how)
+        loss, answered = examine(self.objective, stage.held_out, stage.eval_sample, stage.mask,
+                                 instruct, **self.how)
         self.model.train()
         found, train_loss = scores(answered), float(np.mean(now.losses))
         self.log(stage=stage.name, step=now.step, train_loss=train_loss, val_loss=loss, **found,
                  samples_per_second=round(speed, 1))
-        shown = answered[now.step // self.settings.eval_every % len(answered)]
+        shown = answered[now.step // stage.eval_every % len(answered)]
         tqdm.write(f"{stage.name} step {now.step}: train loss {train_loss:.3f}, held-out loss "
                    f"{loss:.3f}, exact match {percent(found['accuracy']['all'])} (blind "
                    f"{percent(found['blind'].get('all'))}), {speed:.0f} samples/s\n"
@@ -264,8 +264,6 @@ class Run:
             if self.rank == 0:
                 self.model.save(self.out / "model.pt")
         self.evaluated += time.perf_counter() - start
-
-    # What is kept --------------------------------------------------------------------------------
 
     def log(self, **line) -> None:
         line["seconds"] = round(self.progress.seconds + time.perf_counter() - self.began, 1)
@@ -285,11 +283,9 @@ class Run:
             if now.best == math.inf:
                 self.model.save(self.out / "model.pt")
 
+
     def restore(self, state: dict) -> None:
-        """Go on from what last.pt holds."""
-        self.progress = saved_progress(state)
-        self.model.load_state_dict(state["model"])
-        self.optimizers = self.make_optimizers()
+        """Take optimizers and metrics as they were where last.pt was written."""
         for optimizer, saved in zip(self.optimizers, state["optimizers"]):
             optimizer.load_state_dict(saved)
         if self.rank == 0:
@@ -304,43 +300,43 @@ def read(*numbers: Tensor) -> list[float]:
     return torch.stack(numbers).tolist()
 
 
-# Before and after --------------------------------------------------------------------------------
-
-
-def prepare(s: Settings, config: Config, start: dict | None):
+def prepare(s: Settings, config: Config, state: dict | None):
     """(tokenizer, config, stages, examples of the report, their split); raises ValueError.
 
-    start is a checkpoint whose tokenizer is taken.
+    state is a checkpoint whose tokenizer is taken.
     """
-    folder = shapes.find(s.data)
+    folder, stages = shapes.find(s.data), []
     records = read_splits(folder, s.skip_bad)
-    if start:
-        tokenizer = Tokenizer(start["merges"])
+    if state:
+        tokenizer = Tokenizer(state["merges"])
     else:
         texts = [text for name in ("train", "captions") if name in records
                  for text in records[name].texts(5_000_000)]
         tokenizer = Tokenizer.train(texts, config.vocab_size)
         config = replace(config, vocab_size=len(tokenizer))
-    split, stages = "test" if "test" in records else "val", []
-    train, val, test = (Examples(records[name], tokenizer, config, s.skip_bad)
-                        for name in ("train", "val", split))
+    made = {name: Examples(records[name], tokenizer, config, s.skip_bad)
+            for name in ("train", "val", "test") if name in records}
     if s.init:
         print(f"stage 1 is skipped: the weights are those of {s.init}")
     elif "captions" not in records or not s.align_steps:
         print("stage 1 is skipped: no captions.json" if s.align_steps else "stage 1 is skipped")
     else:
-        captions = [Examples(part, tokenizer, config, s.skip_bad)
-                    for part in records["captions"].split(0.02, s.seed)]
-        stages.append(Stage("align", 0, *captions, "causal", s.align_steps, s.align_lr))
+        captions = [Examples(some, tokenizer, config, s.skip_bad)
+                    for some in records["captions"].split(0.02, s.seed)]
+        stages.append(Stage("align", 0, *captions, "causal", s.align_steps, s.align_lr,
+                            eval_every=s.align_steps, eval_sample=50))  # they are long
     if s.steps:
-        stages.append(Stage("instruct", 1, train, val, config.mask, s.steps, s.lr))
+        stages.append(Stage("instruct", 1, made["train"], made["val"], config.mask, s.steps, s.lr,
+                            s.eval_every, s.eval_sample))
     if not stages:
         raise ValueError(f"{folder}: no captions.json, and steps is 0: there is nothing to train")
-    print(f"data: {folder}: " + ", ".join(f"{len(stage.examples):,} to {stage.name}"
-                                          for stage in stages)
-          + f", {len(val):,} to validate, " + (f"{len(test):,} to test" if split == "test" else
-                                               "no test.json: the report is on val"))
-    return tokenizer, config, stages, test, split
+    split = "test" if "test" in made else "val"
+    said = [f"{len(stage.examples):,} to {stage.name}" for stage in stages]
+    said.append(f"{len(made['val']):,} to validate")
+    said.append(f"{len(made['test']):,} to test" if split == "test" else
+                "no test.json: the report is on val")
+    print(f"data: {folder}: {', '.join(said)}")
+    return tokenizer, config, stages, made[split], split
 
 
 def test(run: Run, examples: Examples, split: str) -> None:
@@ -357,7 +353,11 @@ def test(run: Run, examples: Examples, split: str) -> None:
     run.log(stage=split, step=run.settings.steps, **scores(answered))
     if run.rank == 0:
         draw_answered(examples, indices[:12], answered).save(run.out / "samples.png")
-    print(f"some of them, with pictures: {run.out / 'samples.png'}")
+    command, example = ["python", "sample.py", "--model", str(run.out / "model.pt")], examples[0]
+    if example.pictures:
+        command += ["--image", *map(str, example.pictures)]
+    print(f"some of them, with pictures: {run.out / 'samples.png'}\n"
+          f"ask it yourself:\n  {shlex.join([*command, '--ask', example.question])}")
     run.evaluated += time.perf_counter() - start
 
 
@@ -370,71 +370,52 @@ def make_parser() -> Parser:
 
 
 def train(argv: list[str] | None) -> None:
-    begin = time.perf_counter()
+    start = time.perf_counter()
     flags = first_does(lambda: vars(make_parser().parse_args(argv)))
     resume = flags.pop("resume")
-    settings, config, path = first_does(lambda: settle(Settings, flags, resume))
-    (rank, world), out = rank_and_world(), Path(settings.out)
-    parts = world * settings.grad_accum
-    if settings.batch_size < parts:
-        raise ValueError(f"batch_size {settings.batch_size} is less than {world} processes times "
-                         f"grad_accum {settings.grad_accum}")
-    with redirect_stdout(open(os.devnull, "w")) if rank else nullcontext(), ExitStack() as stack:
-        device, reason = choose_device(settings.device, settings.dtype)
-        print(reason + (f", {world} processes" if world > 1 else "") + f"\nmask: {config.mask}")
-        state = load_file(path) if path else None
-        tokenizer, config, stages, examples, split = first_does(
-            lambda: prepare(settings, config, state))
-        torch.manual_seed(settings.seed)
-        model = NanoAKI(config, tokenizer)
-        print(f"model: {settings.preset}, {sum(p.numel() for p in model.parameters()):,} "
-              f"parameters, {config.visual_tokens} visual tokens a picture, {len(tokenizer)} "
-              f"tokens in the vocabulary")
-        keep_freed_memory()  # from here on: what reading took is given back
-        out.mkdir(parents=True, exist_ok=True)
-        if rank == 0:
-            stack.enter_context(hold(out))
-            if not resume:
-                refuse_used(out)  # again: another run may have come and gone meanwhile
-        if state and not resume:
-            model.load_state_dict(state["model"])
-        run = Run(settings, model, stages, device)
+    s, config, path = first_does(lambda: settle(Settings, flags, resume))
+    (rank, world), out = rank_and_world(), Path(s.out)
+    device, reason = choose_device(s.device, s.dtype)
+    print(reason + (f", {world} processes" if world > 1 else "") + f"\nmask: {config.mask}")
+    state = load_file(path) if path else None
+    tokenizer, config, stages, examples, split = first_does(lambda: prepare(s, config, state))
+    torch.manual_seed(s.seed)
+    model = NanoAKI(config, tokenizer).to(device)
+    print(f"model: {s.preset}, {sum(p.numel() for p in model.parameters()):,} parameters, "
+          f"{config.visual_tokens} visual tokens a picture, {len(tokenizer)} tokens in the "
+          f"vocabulary")
+    for part in filter(None, s.freeze.split(",")):
+        getattr(model, part).requires_grad_(False)
+    if state:
+        model.load_state_dict(state["model"])
+    keep_freed_memory()  # from here on: what reading took is given back
+    out.mkdir(parents=True, exist_ok=True)
+    with hold(out) if rank == 0 else nullcontext():
+        if rank == 0 and not resume:
+            refuse_used(out)  # again: another run may have come and gone meanwhile
+        run = Run(s, model, stages, device, saved_progress(state) if resume else Progress())
+        run.make_optimizers()
         if resume:
             run.restore(state)
         else:
             run.save()
         if rank == 0:
-            about = {"settings": asdict(settings), "config": asdict(config)}
+            about = {"settings": asdict(s), "config": asdict(config)}
             (out / "config.json").write_text(json.dumps(about, indent=1))
         state = None  # as large as the model and its optimizers
         run.train()
-        if settings.steps and settings.test_sample:
+        if s.steps and s.test_sample:
             test(run, examples, split)
-        spent = time.perf_counter() - begin
-        print(f"{spent:.0f} s in all: {run.trained:.0f} s of training, "
-              f"{run.waited / max(run.trained, 1e-9):.1%} of it waiting for data; "
-              f"{run.evaluated:.0f} s of evaluation, {run.evaluated / spent:.1%} of all")
-        if settings.steps:
-            command = ["python", "sample.py", "--model", str(out / "model.pt")]
-            if examples[0].pictures:
-                command += ["--image", *map(str, examples[0].pictures)]
-            print(f"ask it yourself:\n  {shlex.join([*command, '--ask', examples[0].question])}")
+    spent = time.perf_counter() - start
+    print(f"{spent:.0f} s in all: {run.trained:.0f} s of training, "
+          f"{run.waited / max(run.trained, 1e-9):.1%} of it waiting for data; "
+          f"{run.evaluated:.0f} s of evaluation, {run.evaluated / spent:.1%} of all")
 
 
 def main(argv: list[str] | None = None) -> None:
-    with one_line():
-        try:
-            join_processes()
-            train(argv)
-        finally:
-            if dist.is_initialized():
-                dist.destroy_process_group()
+    with joined_processes(), one_line():
+        train(argv)
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # a console may not know every character
-    try:
-        main()
-    except KeyboardInterrupt:
-        print("stopped; what was saved is whole", file=sys.stderr)
-        raise SystemExit(130)
+    run_script(main)

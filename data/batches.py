@@ -27,17 +27,20 @@ class Order:
     not 96%).
     """
 
+    WINDOW = 32  # batches
+
     def __init__(self, lengths: Tensor, groups: Tensor, batch_size: int, steps: int,
-                 seed: list[int], share: int = 1, window: int = 32):
+                 seed: list[int], share: int = 1):
         self.lengths, self.groups = lengths, groups  # tensors: a spawned worker shares their memory
-        self.batch_size, self.steps, self.seed = batch_size, steps, seed
-        self.share, self.window = share, window * batch_size
+        self.batch_size, self.steps, self.seed, self.share = batch_size, steps, seed, share
         self.epoch, self.batches = None, None        # the one asked for last
 
     def __len__(self) -> int:
         return self.steps
 
     def __getitem__(self, step: int) -> np.ndarray:
+        if not 0 <= step < self.steps:
+            raise IndexError(f"step {step} of {self.steps}")
         per_epoch = max(1, len(self.groups) // self.batch_size)
         if step // per_epoch != self.epoch:
             self.epoch = step // per_epoch
@@ -50,8 +53,8 @@ class Order:
         rounds = -(-self.batch_size // len(self.groups))  # fewer examples than a batch: repeat
         order = np.concatenate([self.shuffled(rng) for _ in range(rounds)])
         order = order[:len(order) // self.batch_size * self.batch_size]
-        for at in range(0, len(order), self.window):
-            part, bounds = order[at:at + self.window], [0.0]
+        for at in range(0, len(order), self.WINDOW * self.batch_size):
+            part, bounds = order[at:at + self.WINDOW * self.batch_size], [0.0]
             lengths = all_lengths[part].reshape(-1, self.batch_size)
             if lengths.mean() >= 0.75 * lengths.max(1).mean():
                 continue
@@ -64,13 +67,12 @@ class Order:
 
     def shuffled(self, rng: np.random.Generator) -> np.ndarray:
         """Every example once, up to `share` of a group in a row."""
-        groups = self.groups.numpy()
+        groups, runs = self.groups.numpy(), []
         order = rng.permutation(len(groups))
         order = order[np.argsort(groups[order], kind="stable")]
-        first = np.searchsorted(groups[order], groups[order])  # of its group
-        part = np.cumsum((np.arange(len(order)) - first) % self.share == 0) - 1
-        place = np.argsort(rng.permutation(part[-1] + 1))  # of each part
-        return order[np.argsort(place[part], kind="stable")]
+        for group in np.split(order, np.flatnonzero(np.diff(groups[order])) + 1):
+            runs += [group[at:at + self.share] for at in range(0, len(group), self.share)]
+        return np.concatenate([runs[n] for n in rng.permutation(len(runs))])
 
 
 class Batches(Dataset):
@@ -96,17 +98,18 @@ class Batches(Dataset):
         try:
             return make_batch(self.examples, indices, picture_order, seed)
         except ValueError as e:  # raised in a worker, it would reach the user as a traceback
-            nothing = torch.empty(0, dtype=torch.int64)
-            return Batch(*[nothing] * 7, ids=[], problem=str(e))
+            none = torch.empty(0, dtype=torch.int64)
+            return Batch(none, none, none, none, none, none, none, [], problem=str(e))
 
 
 def make_batch(examples: Examples, indices: list[int], picture_order: str,
                augment_seed: list[int] | None = None) -> Batch:
     """The batch of some examples, each picture decoded once; raises ValueError on a broken one."""
     some, number, shown = [examples.example(i, picture_order) for i in indices], {}, []
-    for path in [path for example in some for path in example.pictures]:
-        number.setdefault(path, len(number))
-        shown.append(number[path])
+    for example in some:
+        for path in example.pictures:
+            number.setdefault(path, len(number))
+            shown.append(number[path])
     images = [examples.picture(path) for path in number]
     if augment_seed is not None:  # a function of seed, step and picture, however a batch is split
         for n, path in enumerate(number):

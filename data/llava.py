@@ -16,6 +16,7 @@ import warnings
 from array import array
 from collections import Counter
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Iterable, Iterator, NamedTuple
 
@@ -28,8 +29,6 @@ from tqdm import tqdm
 from nanoaki import ANSWER, Config, Tokenizer, build_sequence, fit_picture, place_pictures
 
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # too large is refused
-
-# A record and what may be wrong with it ----------------------------------------------------------
 
 
 class Record(NamedTuple):
@@ -77,20 +76,14 @@ def parse_record(item: Any, number: int) -> Record:
 def check_picture(folder: Path, picture: str) -> None:
     """Raise ValueError that names a picture and says what is wrong with it, without decoding it."""
     try:
-        with Image.open(folder / picture) as image:
-            if image.width * image.height > Image.MAX_IMAGE_PIXELS:
-                raise ValueError(f"{image.width} x {image.height} pixels are too many")
-            image.verify()  # of a PNG, all of it, undecoded; of others, what is cheap
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(folder / picture) as image:
+                image.verify()  # of a PNG, all of it, undecoded; of others, what is cheap
     except FileNotFoundError:
         raise ValueError(f"{picture}: no such file") from None
-    except Image.DecompressionBombError:
-        most = Image.MAX_IMAGE_PIXELS
-        raise ValueError(f"{picture}: more than twice {most} pixels are too many") from None
-    except ValueError as e:
-        raise ValueError(f"{picture}: {e}") from None
     except Exception as e:  # Pillow raises whatever the bytes make it raise
-        raise ValueError(f"{picture}: not a picture that Pillow can read "
-                         f"({type(e).__name__})") from e
+        raise ValueError(f"{picture}: not a picture that Pillow can read ({e})") from e
 
 
 def json_items(path: Path, part: int = 1 << 20) -> Iterator[tuple[Any, int, int]]:
@@ -100,55 +93,37 @@ def json_items(path: Path, part: int = 1 << 20) -> Iterator[tuple[Any, int, int]
     """
     decoder, space = json.JSONDecoder(), re.compile(r"[ \t\r\n]*")
     with open(path, encoding="utf-8", newline="") as file:
-        text, at, byte = file.read(part), 0, 0  # text[at] is that byte of the file
+        text, at, byte, sign = file.read(part), 0, 0, "["  # text[at] is that byte of the file
         if text.startswith("\ufeff"):  # Windows editors put this mark in front
             at, byte = 1, 3
-
-        def refill() -> bool:
-            nonlocal text, at
-            more = file.read(max(part, len(text) - at))
-            text, at = text[at:] + more, 0
-            return more != ""
-
-        def advance(stop: int) -> None:
-            nonlocal at, byte
-            byte += len(text[at:stop].encode())
-            at = stop
-
-        def sign() -> str:
-            """The next character that is no white space, "" at the end."""
-            advance(space.match(text, at).end())
-            while at == len(text) and refill():
-                advance(space.match(text, at).end())
-            return text[at:at + 1]
-
-        if sign() != "[":
-            raise ValueError(f"{path}: must be a JSON list of records")
-        advance(at + 1)
-        more = sign() != "]"
-        while more:
-            sign()
+        while sign != "]":
             try:
-                item, stop = decoder.raw_decode(text, at)
+                before = space.match(text, at).end()
+                if text[before:before + 1] != sign:
+                    raise ValueError("must be a JSON list of records")
+                start = stop = space.match(text, before + 1).end()
+                empty = sign == "[" and text[start:start + 1] == "]"
+                if not empty:
+                    item, stop = decoder.raw_decode(text, start)
+                end = space.match(text, stop).end()
+                if text[end:end + 1] not in (",", "]"):  # nor may a number go on
+                    raise ValueError("not a JSON list: ',' or ']' expected")
             except RecursionError:
-                raise ValueError(f"{path}: nested too deeply, at byte {byte}") from None
+                raise ValueError(f"{path}: nested too deeply, after byte {byte}") from None
             except ValueError as e:
-                if refill():
+                more = file.read(max(part, len(text) - at))
+                if more:  # so far it may just not have been whole
+                    text, at = text[at:] + more, 0
                     continue
-                raise ValueError(f"{path}: not JSON: {e.msg}, in the item at byte {byte}") from None
-            if stop == len(text) and refill():  # a number may go on
-                continue
-            start = byte
-            advance(stop)
-            yield item, start, byte
-            more = sign() == ","
-            if more:
-                advance(at + 1)
-        if sign() != "]":
-            raise ValueError(f"{path}: not a JSON list: ',' or ']' expected at byte {byte}")
-        advance(at + 1)
-        if sign():
-            raise ValueError(f"{path}: not a JSON list: more stands behind it, at byte {byte}")
+                reason = f"not JSON: {e.msg}" if isinstance(e, json.JSONDecodeError) else e
+                raise ValueError(f"{path}: {reason}, after byte {byte}") from None
+            first = byte + start - at  # white space and signs are a byte each
+            byte = first + len(text[start:stop].encode())
+            if not empty:
+                yield item, first, byte
+            byte, at, sign = byte + end - stop, end, text[end]
+        if (text[at + 1:] + file.read()).strip(" \t\r\n"):
+            raise ValueError(f"{path}: not a JSON list: more stands behind it, at byte {byte + 1}")
 
 
 def refuse(path: Path, bad: list[str], total: int, skip: bool) -> None:
@@ -159,8 +134,6 @@ def refuse(path: Path, bad: list[str], total: int, skip: bool) -> None:
     if bad:
         print(f"skipping: {lines}", file=sys.stderr)
 
-
-# Records -----------------------------------------------------------------------------------------
 
 
 class Replies(NamedTuple):
@@ -179,16 +152,16 @@ class Replies(NamedTuple):
 
 def replies_of(record: Record) -> Iterator[tuple[int, int, int, int, int]]:
     """turn, pictures, before, needed and answer of each reply; see Replies."""
-    pictures = before = system = question = 0
+    pictures = before = system = last = 0
     placed = place_pictures(record.turns, len(record.pictures))
     for turn, ((speaker, text), (_, pieces)) in enumerate(zip(record.turns, placed)):
         size = len(text.encode())
         if speaker == "gpt":
-            yield turn, pictures, before, system + question, size
+            yield turn, pictures, before, system + last, size  # the last turn is the question
+        last = size + 2  # <answer> or <eos>, and one to spare
         if speaker == "system":
-            system = size + 2
-        question = size + 2  # <answer> or <eos>, and one to spare
-        before += question
+            system = last
+        before += last
         pictures += len(pieces) - 1
 
 
@@ -292,6 +265,7 @@ class Records:
 
         def first(picture):
             while parent.setdefault(picture, picture) != picture:
+                parent[picture] = parent[parent[picture]]  # shorter for the next one
                 picture = parent[picture]
             return picture
 
@@ -358,8 +332,6 @@ def stamp_of(status: os.stat_result) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
-# Examples ----------------------------------------------------------------------------------------
-
 
 class Example(NamedTuple):
     """One reply: (tokens, roles) of all before it, and with it; and the paths of its pictures."""
@@ -390,7 +362,6 @@ class Examples:
         self.replies = self.replies.where(keep)
         if not len(self):
             raise ValueError(f"{records.path}: there are no examples")
-        self.lengths = self.estimated_lengths()
 
     def __len__(self) -> int:
         return len(self.replies.turn)
@@ -430,7 +401,8 @@ class Examples:
                 found[i] = f"record {number} (id {self.records.record(number).id!r}): {e}"
         return found
 
-    def estimated_lengths(self) -> Tensor:
+    @cached_property
+    def lengths(self) -> Tensor:
         """About how many tokens each example has, by the bytes that 500 of them take a token."""
         r = self.replies
         visual, text = r.pictures * self.config.visual_tokens, r.before + r.answer + 2

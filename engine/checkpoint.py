@@ -7,6 +7,7 @@ import torch
 
 from engine.flags import flag, pick
 from engine.folder import refuse_used
+from engine.processes import rank_and_world
 from nanoaki import PRESETS, Config, NanoAKI, load_file, save_file
 
 RESUMED = ("out", "device", "workers", "save_every", "vocab_size")  # flags free on --resume
@@ -63,10 +64,15 @@ def settle(cls, flags: dict, resume: bool) -> tuple:
                 raise ValueError(f"--init brings its own config and skips stage 1: leave out "
                                  f"{flag(name)}")
         config = replace(config, **config_flags(flags))
+        settings.order = flags.get("order", config.order)
     else:
         refuse_used(out)
         start, config = None, replace(PRESETS[settings.preset], **config_flags(flags))
     settings.out = str(out)
+    parts = rank_and_world()[1] * settings.grad_accum
+    if settings.batch_size < parts:
+        raise ValueError(f"batch_size {settings.batch_size} is less than the processes times "
+                         f"grad_accum, {parts}")
     return settings, config, start
 
 

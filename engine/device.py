@@ -49,9 +49,9 @@ class Objective(torch.nn.Module):
 
     def forward(self, batch: Batch, mask: str) -> torch.Tensor:
         """Mean over the targets of a batch, which is brought to the device."""
-        waits = self.device.type != "cuda"  # on MPS, a copy that does not may read freed memory
-        batch = Batch(*(value.to(self.device, non_blocking=not waits)
-                        if isinstance(value, torch.Tensor) else value for value in batch))
+        gpu = self.device.type == "cuda"  # on MPS, a copy that does not block may read freed memory
+        tensors = [value.to(self.device, non_blocking=gpu) for value in batch[:-2]]
+        batch = Batch(*tensors, batch.ids, batch.problem)
         with autocast(self.device, self.dtype):
             return self.model.loss(batch, mask)
 

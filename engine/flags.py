@@ -22,6 +22,16 @@ def one_line():
         fail(e)
 
 
+def run_script(main) -> None:
+    """A script's main, on a console that may not know every character; Ctrl-C ends it quietly."""
+    sys.stdout.reconfigure(errors="replace")
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("stopped; what was saved is whole", file=sys.stderr)
+        raise SystemExit(130)
+
+
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line, and which suggests the nearest flag."""
 
@@ -47,7 +57,8 @@ class Parser(argparse.ArgumentParser):
         """
         group = self.add_argument_group(title)
         for f in fields(cls):
-            if flag(f.name) in self._option_string_actions:
+            left_out = helps.get(f.name) == argparse.SUPPRESS
+            if left_out or flag(f.name) in self._option_string_actions:
                 continue
             how = {"action": "store_true"} if f.default is False else {"type": type(f.default)}
             about = helps.get(f.name, f"{f.metadata['help']} (default {f.default!r})")

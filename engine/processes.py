@@ -3,7 +3,8 @@ import multiprocessing
 import os
 import signal
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
+from datetime import timedelta
 from typing import Callable, Iterator
 
 import torch
@@ -11,21 +12,28 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, StackDataset
 
-# torchrun's processes ----------------------------------------------------------------------------
+from engine.flags import fail
 
 
-def join_processes() -> None:
-    """Join the processes that torchrun started, if it did; raises ValueError if it half did.
+@contextmanager
+def joined_processes():
+    """Within, those that torchrun has started, if it has, are one group.
 
     They talk through gloo: what they agree on is known on the CPU, whatever the device will be.
     """
-    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
+    if "WORLD_SIZE" in os.environ:
         wanted = ("RANK", "MASTER_ADDR", "MASTER_PORT")
         missing = [name for name in wanted if name not in os.environ]
         if missing:
-            raise ValueError(f"WORLD_SIZE is set, but not {', '.join(missing)}: start with "
-                             f"torchrun, or unset it")
-        dist.init_process_group("gloo")
+            fail(f"WORLD_SIZE is set, but not {', '.join(missing)}: start with torchrun, or unset "
+                 f"it")
+        dist.init_process_group("gloo", timeout=timedelta(days=1))  # while the first one reads
+    try:
+        with redirect_stdout(open(os.devnull, "w") if rank_and_world()[0] else sys.stdout):
+            yield
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -47,15 +55,17 @@ def first_does(work: Callable):
     rank, world = rank_and_world()
     if world == 1:
         return work()
-    told = [False, None]  # whether it went well, and what it returned
+    went_well, result = False, None
     try:
         if rank == 0:
-            told = [True, work()]
+            result, went_well = work(), True
     finally:
+        told = [went_well, result]
         dist.broadcast_object_list(told)
-    if not told[0]:
+    went_well, result = told
+    if not went_well:
         raise SystemExit(2)
-    return told[1]
+    return result
 
 
 def in_parallel(module: torch.nn.Module, device: torch.device) -> torch.nn.Module:
@@ -64,9 +74,6 @@ def in_parallel(module: torch.nn.Module, device: torch.device) -> torch.nn.Modul
         return module
     group = dist.new_group(backend="nccl") if device.type == "cuda" else None
     return DistributedDataParallel(module, process_group=group)
-
-
-# A loader's workers ------------------------------------------------------------------------------
 
 
 def load(parts: list[Dataset], start: int, workers: int, device: torch.device) -> Iterator[tuple]:
@@ -109,11 +116,9 @@ def leave_group(worker: int = 0) -> None:
                 break
             signal.sigwait(pending)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, GROUP)
-        if os.getppid() != multiprocessing.parent_process().pid:
+        served = multiprocessing.get_start_method() == "forkserver"  # which is the parent then
+        if not served and os.getppid() != multiprocessing.parent_process().pid:
             sys.exit(1)  # it is dead: torch's own watch begins after this, and would not see it
-
-
-# Signals -----------------------------------------------------------------------------------------
 
 
 class StopSignal:

@@ -28,13 +28,14 @@ def scores(answered: list[Answered]) -> dict[str, dict]:
 
 def yes_no(answered: list[Answered]) -> dict[str, tuple[float, float]]:
     """F1 of "yes" and its share of the answers, as POPE's, of tasks with answers yes and no."""
-    found = {}
-    for task in {a.task for a in answered if a.task}:
-        some = [a for a in answered if a.task == task]
-        if {a.right for a in some} == {"yes", "no"}:
-            hits = sum(a.right == a.answer == "yes" for a in some)
-            rights, said = (sum(word == "yes" for word in words)
-                            for words in zip(*[(a.right, a.answer) for a in some]))
+    pairs, found = defaultdict(list), {}  # the right answer and the model's
+    for a in answered:
+        pairs[a.task or "all"].append((a.right.lower(), a.answer.lower()))
+    for task, some in pairs.items():
+        if {right for right, _ in some} == {"yes", "no"}:
+            hits = some.count(("yes", "yes"))
+            rights = sum(right == "yes" for right, _ in some)
+            said = sum(answer == "yes" for _, answer in some)
             found[task] = 2 * hits / (rights + said), said / len(some)
     return found
 

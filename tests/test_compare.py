@@ -1,16 +1,12 @@
-"""Comparisons: equal terms, dual order, intervals, and going on with half a comparison."""
+"""Comparisons: equal terms, what is started when, going on with half a comparison, and tables."""
 import json
 import math
-import multiprocessing
 import os
-import random
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
-from dataclasses import asdict
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -18,155 +14,587 @@ import torch
 from PIL import Image
 
 import compare
-from compare import Job, interval, prompt_first, table, work
-from data.llava import Batch
-from draw import chart
-from helpers import ROOT, TINY, held, make_tiny, same, weights
-from nanoaki import IMAGE, PROMPT, Config, NanoAKI, Tokenizer, build_sequence, pad_batch, save_file
-from train import Run, Settings
+import engine.results
+import nanoaki
+import train
+from engine.pictures import chart
+from engine.results import Result, interval, learning_curve, steps_to_80, table, table_by_task
+from helpers import TINY, held, make_tiny, metrics, refused, same, started, wait_for, weights
+from nanoaki import NanoAKI, save_file
 
-FLAGS = [*TINY, "--align-steps", "10", "--steps", "60", "--eval-every", "20", "--save-every", "0", "--lr", "0.01"]
+# Without stage 1, since each process takes seconds to start; in 120 steps, three of four are right.
+SHORT = ["--align-steps", "0", "--steps", "120", "--eval-every", "20", "--save-every", "0",
+         "--warmup", "10", "--lr", "0.01", "--adamw-lr", "0.01", "--seeds", "1"]
 
 
-class Silent:
-    """Somebody to report to."""
-
-    def send(self, said):
-        pass
+@pytest.fixture(autouse=True)
+def signals():
+    """compare.main leaves its own handlers."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    return make_tiny(tmp_path_factory.mktemp("data") / "tiny")
+    folder = make_tiny(tmp_path_factory.mktemp("data") / "tiny")
+    captions = (folder / "captions.json").read_text()  # with text, so that there is an order
+    (folder / "captions.json").write_text(captions.replace("<image>", "<image>\\nwhat is it?"))
+    return folder
+
+
+def plan(*argv) -> compare.Comparison:
+    flags = vars(compare.make_parser().parse_args([str(word) for word in argv]))
+    return compare.plan(flags.pop("masks"), flags.pop("seeds"), flags.pop("jobs"), flags)
+
+
+# Equal terms: what compare.py starts, in this process --------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def runs(tiny, tmp_path_factory):
-    """Two seeds of some entries, trained in this process: results, first weights and batches of each."""
-    out, seen, found = tmp_path_factory.mktemp("out"), {}, {}
-    results = {"lr": None, "seeds": [0, 1], "entries": ["causal", "mma", "dot", "mma@eval"], "runs": {}, "settings":
-               asdict(Settings(data=str(tiny), out=str(out), device="cpu", workers=0, batch_size=32, align_steps=10,
-                               steps=60, eval_every=20, lr=0.01)),
-               "config": asdict(Config(image_size=16, patch_size=8, n_embd=32, n_head=2, n_layer=2, vit_embd=32,
-                                       vit_head=2, vit_layer=1, block_size=64))}
-    plain = Run.gradient
+    """Of some entries with two seeds: the weights at each step of their training, and its batches."""
+    out, found, seen = tmp_path_factory.mktemp("out"), {}, []
+    plain = nanoaki.Model.loss
 
-    def watched(run, parts, mask):
-        first = {name: p.clone() for name, p in run.model.state_dict().items()}
-        seen.setdefault(run.settings.out, [first, []])[1].append((parts[0], mask))
-        return plain(run, parts, mask)
+    def watched(model, batch, mask=None):
+        if model.training:
+            first = {name: p.clone() for name, p in model.state_dict().items()}
+            seen.append(SimpleNamespace(weights=first, ids=batch.ids, roles=batch.roles, mask=mask))
+        return plain(model, batch, mask)
 
+    c = plan("--data", tiny, *TINY, "--align-steps", 4, "--steps", 5, "--eval-every", 5, "--lr",
+             0.01, "--seeds", 2, "--masks", "causal,mma,dot", "--out", out)
     patch = pytest.MonkeyPatch()
-    patch.setattr(Run, "gradient", watched)
-    for seed in (0, 1):
-        for entry in ("align", "causal", "mma", "dot"):
-            job = Job(entry, seed, 0.01)
-            (out / job.name).mkdir(parents=True)
-            result = work(Silent(), job, results)
-            if entry != "align":
-                found[entry, seed] = result, *seen[str(out / job.name)], out / job.name / "last.pt"
+    patch.setattr(nanoaki.Model, "loss", watched)
+    first, _, second = c.phases(c.lr)
+    for run in first + second:
+        seen.clear()
+        train.main(c.next_command(run)[2:])
+        found[run.folder.parent.name, run.folder.name] = SimpleNamespace(
+            folder=run.folder, batches=list(seen), run=run)
     patch.undo()
     return found
 
 
-def alike(a: tuple, b: tuple) -> bool:
+def alike(a, b) -> bool:
     """Whether two runs began with the same weights and saw the same examples in the same order."""
-    return same(a[1], b[1]) and [batch.ids for batch, _ in a[2]] == [batch.ids for batch, _ in b[2]]
+    return same(a.batches[0].weights, b.batches[0].weights) and (
+        [batch.ids for batch in a.batches] == [batch.ids for batch in b.batches])
 
 
-def test_all_entries_of_a_seed_begin_with_the_same_weights_and_see_the_same_data_in_the_same_order(runs):
-    for seed in (0, 1):
-        for entry in ("mma", "dot"):
-            assert alike(runs["causal", seed], runs[entry, seed])
-    assert not alike(runs["causal", 0], runs["causal", 1])  # the control: another seed
-    assert not same(runs["causal", 0][1], runs["causal", 1][1])
-    assert {len(found[2]) for found in runs.values()} == {60}
+def test_entries_of_a_seed_begin_with_the_same_weights_and_see_the_same_data_in_order(runs):
+    for seed in ("seed0", "seed1"):
+        assert alike(runs[seed, "causal-0.01"], runs[seed, "mma-0.01"])
+    ours, other = runs["seed0", "causal-0.01"], runs["seed1", "causal-0.01"]
+    assert not same(ours.batches[0].weights, other.batches[0].weights)  # the control: another seed
+    assert [batch.ids for batch in ours.batches] != [batch.ids for batch in other.batches]
+    dot, aligned = runs["seed0", "dot-0.01"], runs["seed0", "align-dual"]
+    assert [batch.ids for batch in dot.batches] == [batch.ids for batch in ours.batches]
+    data = runs["seed0", "align-data"]
+    assert alike(aligned, data)  # of stage 1 as well, whose orders differ
+    assert not same(weights(aligned.folder / "last.pt"), weights(data.folder / "last.pt"))
+    assert {len(found.batches) for (_, name), found in runs.items() if "align" not in name} == {5}
 
 
-def test_stage_2_begins_with_the_weights_of_stage_1(runs):
-    for (_, seed), found in runs.items():
-        assert same(found[1], weights(found[3].parent.parent / "align/last.pt"))
-        assert not same(found[1], weights(found[3]))  # the control
+def test_stage_2_begins_with_the_weights_of_stage_1_in_its_order(runs):
+    orders = {"causal-0.01": "data", "mma-0.01": "data", "dot-0.01": "dual"}
+    for (seed, name), found in runs.items():
+        if name in orders:
+            aligned = found.folder.parent / f"align-{orders[name]}/last.pt"
+            assert same(found.batches[0].weights, weights(aligned))
+            assert not same(found.batches[0].weights, found.batches[1].weights)  # the control
 
 
-def test_entries_are_trained_under_their_masks(runs):
-    masks = {"causal": "causal", "mma": "mma", "dot": "causal"}
-    for (entry, _), found in runs.items():
-        assert {mask for _, mask in found[2]} == {masks[entry]}
+def test_entries_are_trained_under_their_masks_and_in_their_orders(runs):
+    masks = {"causal-0.01": "causal", "mma-0.01": "mma", "dot-0.01": "causal"}
+    for (seed, name), found in runs.items():
+        assert {batch.mask for batch in found.batches} == {masks.get(name, "causal")}
+        plain = {"dot-0.01": "causal-0.01", "align-dual": "align-data"}.get(name, name)
+        for n, (batch, other) in enumerate(zip(found.batches, runs[seed, plain].batches)):
+            turned = name != plain and n % 2 == 1
+            assert torch.equal(batch.roles, other.roles) != turned
+            assert torch.equal(batch.roles.sort().values, other.roles.sort().values)
 
 
-def test_results_are_those_of_the_last_weights_under_the_mask_of_the_test(runs, tiny):
-    result, *_, last = runs["causal", 0]
-    assert list(result["tests"]) == ["causal", "mma@eval"] and "val" in result
-    assert [line["step"] for line in result["curve"]] == [20, 40, 60]
-    model = NanoAKI.load(last)
-
-    def accuracy(split, mask):
-        records = json.loads((tiny / f"{split}.json").read_text())
-        pictures = [Image.open(tiny / record["image"]) for record in records]
-        questions = [record["conversations"][0]["value"].replace("<image>\n", "") for record in records]
-        right = [record["conversations"][1]["value"] for record in records]
-        answers = model.ask(pictures, questions, mask=mask)
-        return sum(map(str.__eq__, answers, right)) / len(right)
-
-    causal, mma = result["tests"]["causal"], result["tests"]["mma@eval"]
-    assert causal["accuracy"]["all"] == accuracy("test", "causal") and causal["blind"]
-    assert mma["accuracy"]["all"] == accuracy("test", "mma") != accuracy("test", "causal")
-    assert result["val"] == accuracy("val", "causal") != accuracy("test", "causal")  # what a learning rate is chosen by
+def test_runs_of_a_seed_differ_in_mask_order_and_folder_alone(runs):
+    for seed in ("seed0", "seed1"):
+        saved = {}
+        for name in ("causal-0.01", "mma-0.01", "dot-0.01"):
+            both = json.loads((runs[seed, name].folder / "config.json").read_text())
+            saved[name] = both["config"] | both["settings"]
+        for name, free in (("mma-0.01", {"mask", "out"}), ("dot-0.01", {"order", "out", "init"})):
+            assert {key for key, value in saved[name].items()
+                    if value != saved["causal-0.01"][key]} == free
 
 
-def test_what_was_trained_and_is_gone_is_not_trained_anew(tmp_path):
-    results = made_up() | {"config": {}}
-    results["settings"] |= {"out": str(tmp_path)}
-    with pytest.raises(ValueError, match="last.pt: what was trained is gone"):
-        work(Silent(), Job("causal", 0, 0.01), results)
+def test_flags_go_to_the_stage_that_takes_them(tiny, tmp_path):
+    flags = ["--data", tiny, "--out", tmp_path / "out", "--seeds", 1,
+             "--masks", "mma,text,mma@eval"]
+    more = ["--n-embd", 48, "--dropout", 0.1, "--align-lr", 0.03, "--align-steps", 7, "--steps", 30,
+            "--lr", 0.5, "--adamw-lr", 0.001, "--preset", "nano", "--compile"]
+    (one, two), trials, (mma, text, evaluated) = plan(*flags, *more).phases(0.5)
+    both = {"data": str(tiny), "dropout": 0.1, "adamw_lr": 0.001, "compile": True, "seed": 0,
+            "test_sample": 0}
+    assert not trials and [run.folder for run in (one, two)] == [
+        tmp_path / "out/seed0/align-data", tmp_path / "out/seed0/align-text"]
+    assert one.flags == both | {"n_embd": 48, "align_lr": 0.03, "align_steps": 7, "preset": "nano",
+                                "steps": 0, "order": "data"}
+    assert two.flags == one.flags | {"order": "text"}
+    assert mma.flags == both | {"steps": 30, "eval_every": 3, "lr": 0.5, "mask": "mma",
+                                "order": "data", "init": str(one.folder / "last.pt")}
+    assert text.flags == mma.flags | {"mask": "causal", "order": "text",
+                                      "init": str(two.folder / "last.pt")}
+    assert evaluated.flags == mma.flags | {"mask": "causal"}
+    assert evaluated.folder.name == "causal-0.5"
+    assert [(run.split, run.mask) for run in (one, mma, text, evaluated)] == [
+        ("", ""), ("test", "mma"), ("test", "causal"), ("test", "mma")]
+    for run in (one, two, mma, text):  # all that train.py has to say
+        train.make_parser().parse_args(plan(*flags, *more).next_command(run)[2:])
+
+
+def test_where_there_is_no_stage_1_stage_2_takes_all_flags(tiny, tmp_path):
+    flags = ["--data", tmp_path, "--masks", "mma", "--seeds", 1, "--lr", 0.5, "--preset", "nano"]
+    for name in ("train.json", "val.json"):
+        (tmp_path / name).write_text("[]")
+    first, _, (run,) = plan(*flags, "--n-embd", 48).phases(0.5)  # no captions
+    assert not first and "init" not in run.flags and run.split == "val"
+    assert (run.flags["align_steps"], run.flags["preset"], run.flags["n_embd"]) == (0, "nano", 48)
+    (tmp_path / "captions.json").write_text("[]")
+    assert plan(*flags).phases(0.5)[0]  # the control
+    first, _, (run,) = plan(*flags, "--align-steps", 0).phases(0.5)
+    assert not first and run.flags["align_steps"] == 0
+    NanoAKI(nanoaki.Config(), nanoaki.Tokenizer([])).save(tmp_path / "own.pt")
+    own = [*flags[:-2], "--init", tmp_path / "own.pt", "--freeze", "vit"]
+    first, _, (run,) = plan(*own).phases(0.5)
+    assert not first and run.flags["init"] == str(tmp_path / "own.pt")
+    assert "align_steps" not in run.flags and run.flags["freeze"] == "vit"
+
+
+# The command, with the real train.py and sample.py -----------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def real(tiny, tmp_path_factory):
+    """A comparison that was stopped while its entry was trained, and gone on with for another."""
+    folder = tmp_path_factory.mktemp("real")
+    flags = ["--data", str(tiny), *TINY, *SHORT, "--out", str(folder / "out")]
+    log, done = folder / "log", folder / "out/seed0/causal-0.01/metrics.jsonl"
+    with started(log, compare.main, [*flags, "--masks", "causal"]) as process:
+        wait_for(process, lambda: done.exists() and done.read_text())
+        os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C in a terminal
+        process.join()
+    step = torch.load(done.with_name("last.pt"), weights_only=True)["step"]
+    stopped = SimpleNamespace(code=process.exitcode, said=log.read_text(), step=step)
+    flags += ["--masks", "causal,mma@eval"]
+    with started(log, compare.main, flags) as process:
+        process.join()
+    assert process.exitcode == 0, log.read_text()
+    return SimpleNamespace(out=folder / "out", flags=flags, stopped=stopped, said=log.read_text())
+
+
+def test_ctrl_c_stops_a_comparison_and_all_runs_save(real):
+    assert real.stopped.code == 130 and "Traceback" not in real.stopped.said
+    assert "the same command goes on:\n  python compare.py --data" in real.stopped.said
+    assert 0 < real.stopped.step < 120
+
+
+def test_what_was_stopped_and_gone_on_with_ends_as_what_was_never_stopped(real, tmp_path):
+    ours = real.out / "seed0/causal-0.01"
+    assert "--resume" in (ours / "log.txt").read_text()
+    run = plan(*real.flags).phases(0.01)[2][0]._replace(folder=tmp_path / "whole")
+    train.main(plan(*real.flags).next_command(run)[2:])
+    assert same(weights(run.folder / "last.pt"), weights(ours / "last.pt"))
+    assert metrics(run.folder) == metrics(ours)
+
+
+def test_the_report_is_printed_and_written_with_its_picture(real):
+    assert (real.out / "results.md").read_text() in real.said
+    assert "`mma@eval`" in real.said and Image.open(real.out / "curves.png").width > 300
+    assert "100%|" in real.said and "120 of 120 steps, about 00:00 left" in real.said
+
+
+def test_results_are_those_of_the_last_weights_under_the_mask_of_the_test(real, tiny):
+    records = json.loads((tiny / "test.json").read_text())
+    pictures = [Image.open(tiny / record["image"]) for record in records]
+    questions = [record["conversations"][0]["value"].replace("<image>\n", "") for record in records]
+    right, answers = [record["conversations"][1]["value"] for record in records], {}
+    for run in plan(*real.flags).phases(0.01)[2]:
+        model = NanoAKI.load(run.folder / "last.pt")
+        answers[run.answers] = model.ask(pictures, questions, mask=run.mask)
+        said = [json.loads(line) for line in run.answers.read_text().splitlines()]
+        assert [line["answer"] for line in said] == answers[run.answers]
+        hits = [a == b for a, b in zip(answers[run.answers], right, strict=True)]
+        assert run.scores()["accuracy"]["all"] == sum(hits) / len(hits)
+        assert 0 < run.scores()["blind"]["all"] < run.scores()["accuracy"]["all"]
+    causal, evaluated = answers.values()
+    assert causal != evaluated  # the control: masks change answers
+
+
+def test_a_comparison_is_gone_on_with_only_under_its_own_flags(runs, tiny, capsys, monkeypatch):
+    monkeypatch.setattr(compare, "start", None)  # nothing may be started
+    out = runs["seed0", "causal-0.01"].folder.parents[1]
+    flags = ["--data", tiny, "--lr", 0.01, "--seeds", 2, "--masks", "causal,mma,dot", "--out", out,
+             "--device", "cpu", "--batch-size", 32, "--steps", 5]
+    own, before = [*flags, *TINY, "--align-steps", 4, "--eval-every", 5], contents(out)
+    model = runs["seed0", "mma-0.01"].folder / "last.pt"
+    for other, wanted in ((["--n-embd", 48], "seed0/align-data: --n-embd was 32 there, not 48"),
+                          (["--align-steps", 9], "seed0/align-data: --align-steps was 4 there"),
+                          (["--dropout", 0.1], "seed0/align-data: --dropout was 0.0"),
+                          (["--steps", 6], "seed0/causal-0.01: --steps was 5"),
+                          (["--eval-every", 4], "seed0/causal-0.01: --eval-every was 5"),
+                          (["--batch-size", 9], "seed0/align-data: --batch-size was 32"),
+                          (["--augment"], "seed0/align-data: --augment was False there, not True")):
+        assert wanted in refused(capsys, compare.main, *own, *other)
+    said = refused(capsys, compare.main, *own, "--align-steps", 0)
+    assert "seed0/causal-0.01: --align-steps was" in said
+    for other, wanted in ((["--init", model], "seed0/causal-0.01: --init was"),
+                          (["--init", model, "--n-embd", 32], "leave out --n-embd")):
+        assert wanted in refused(capsys, compare.main, *flags, "--eval-every", 5, *other)
+    assert contents(out) == before
+
+
+def contents(folder: Path) -> dict:
+    """What changes if a file does."""
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*.*") if path.is_file()}
+
+
+def test_what_is_finished_is_only_reported_wherever_it_lies(real, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(compare, "start", None)
+    shutil.copytree(real.out, tmp_path / "moved")
+    flags = [*real.flags, "--save-every", "9", "--jobs", "1", "--out", str(tmp_path / "moved")]
+    compare.main(flags)
+    said = capsys.readouterr().out
+    assert said.split("\n\n")[1:] == (real.out / "results.md").read_text().split("\n\n")[1:]
+    compare.main([*flags, "--masks", "mma@eval"])
+    said = capsys.readouterr().out
+    assert "| `mma@eval` |" in said and "| `causal` |" not in said  # chosen of what there is
+
+
+def test_two_comparisons_are_not_at_work_in_one_folder(real, capsys, monkeypatch):
+    monkeypatch.setattr(compare, "start", None)
+    with held(real.out) as is_held:
+        assert is_held
+        assert "another process is at work" in refused(capsys, compare.main, *real.flags)
+    seen = []
+
+    def tries(c, at_work):
+        with held(real.out) as is_held:
+            seen.append(is_held)
+        raise ValueError("enough")
+
+    monkeypatch.setattr(compare, "do_all", tries)
+    assert "enough" in refused(capsys, compare.main, *real.flags) and seen == [False]
+    with held(real.out) as is_held:
+        assert is_held  # the control: given back
+
+
+# What is started when, with scripts that only leave what train.py and sample.py leave -----------
+
+TRAIN = r"""
+import json, os, shutil, signal, sys, time
+from pathlib import Path
+
+here, words = Path(__file__).parent, sys.argv[1:]
+flags = {word: value for word, value in zip(words, words[1:] + [""]) if word.startswith("--")}
+out = Path(flags["--out"])
+name = f"{out.parent.name}/{out.name}"
+
+def note(*what):
+    with open(here / "calls", "a") as file:
+        file.write(json.dumps([time.time(), *what]) + "\n")
+
+def log(**line):
+    with open(out / "metrics.jsonl", "a") as file:
+        file.write(json.dumps(line | {"seconds": 60.0}) + "\n")
+
+def stop(*_):
+    (out / "saved").touch()
+    sys.exit(143)
+
+note("train" + " again" * ("--resume" in flags), name)
+fate = json.loads((here / "fates").read_text()).get(name, "")
+steps = out / "steps"
+if "--resume" not in flags:
+    shutil.copy(here / "begun.pt", out / "last.pt")
+    steps.write_text(max(flags["--steps"], flags.get("--align-steps", "0"), key=int))
+if fate == "wait":
+    signal.signal(signal.SIGTERM, stop)
+    (out / "ready").touch()
+    while not (here / "go").exists():
+        time.sleep(0.01)
+if fate == "killed":
+    os.kill(os.getpid(), signal.SIGKILL)
+if fate.startswith("fails after "):
+    while not (out.parents[1] / fate.split()[-1] / "ready").exists():
+        time.sleep(0.01)
+if fate.startswith("fails"):
+    sys.exit("train.py: no such picture")
+stage = "align" if "align" in name else "instruct"
+if fate == "diverges":
+    log(stage=stage, step=3, diverged="loss nan")
+    sys.exit(f"train.py: {stage} step 3: loss nan")
+time.sleep(0.1)
+log(stage=stage, step=int(steps.read_text()), train_loss=1.0, samples_per_second=9.0,
+    accuracy={"all": 0.5}, questions={"all": 9}, blind={})
+shutil.copy(here / "end.pt", out / "last.pt")
+note("end", name)
+"""
+
+SAMPLE = r"""
+import json, sys, time
+from pathlib import Path
+
+here, words = Path(__file__).parent, sys.argv[1:]
+flags = dict(zip(words[::2], words[1::2]))
+model = Path(flags["--model"]).parent
+name = f"{model.parent.name}/{model.name}"
+right = json.loads((here / "fates").read_text()).get(f"{name} {flags['--split']}", 5)
+with open(here / "calls", "a") as file:
+    file.write(json.dumps([time.time(), f"ask {flags['--split']} {flags['--mask']}", name]) + "\n")
+line = {"id": "1", "task": "a", "question": "?", "right": "yes", "blind": "no"}
+lines = [json.dumps(line | {"answer": "yes" if n < right else "no"}) + "\n" for n in range(10)]
+Path(flags["--out"]).write_text("".join(lines))
+"""
+
+
+class Stage:
+    """A folder of those scripts, and what they were started for."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.out = folder, folder / "out"
+        for name, text in (("train.py", TRAIN), ("sample.py", SAMPLE), ("train.json", "[]"),
+                           ("captions.json", "[]"), ("test.json", "[]")):
+            (folder / name).write_text(text)
+        save_file({"stage": 0}, folder / "begun.pt")
+        save_file({"stage": 1}, folder / "end.pt")
+        self.flags = ["--data", str(folder), "--out", str(self.out), "--align-steps", "5",
+                      "--steps", "20", "--device", "cpu"]
+        self.fates({})
+
+    def fates(self, fates: dict) -> None:
+        """Folder -> what becomes of its training; folder and split -> right answers of ten."""
+        (self.folder / "fates").write_text(json.dumps(fates))
+
+    def calls(self) -> list[str]:
+        """What was started, in order, with its folder."""
+        path = self.folder / "calls"
+        text = path.read_text() if path.exists() else ""
+        lines = [json.loads(line) for line in text.splitlines()]
+        return [f"{name}: {what}" for _, what, name in lines if what != "end"]
+
+
+def run_on(folder: Path, argv: list[str]) -> None:
+    compare.SCRIPTS = folder
+    compare.main(argv)
+
+
+@pytest.fixture
+def stage(tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "SCRIPTS", tmp_path)
+    return Stage(tmp_path)
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_every_run_is_made_once_also_those_that_diverge(stage, jobs, capsys):
+    fates = {"seed0/causal-0.0035": "diverges", "seed1/mma-0.007": "diverges",
+             "seed0/causal-0.00175 val": 2, "seed0/causal-0.007 val": 3}
+    stage.fates(fates)
+    argv = [*stage.flags, "--masks", "causal,mma,mma@eval", "--seeds", "2", "--jobs", str(jobs)]
+    compare.main(argv)
+    said, calls = capsys.readouterr().out, stage.calls()
+    first = ["seed0/align-data: train", "seed1/align-data: train"]
+    trials = ["seed0/causal-0.00175: train", "seed0/causal-0.0035: train",
+              "seed0/causal-0.007: train", "seed0/causal-0.00175: ask val causal",
+              "seed0/causal-0.007: ask val causal"]
+    second = ["seed0/causal-0.007: ask test causal", "seed0/causal-0.007: ask test mma",
+              "seed0/mma-0.007: train", "seed0/mma-0.007: ask test mma",
+              "seed1/causal-0.007: train", "seed1/causal-0.007: ask test causal",
+              "seed1/causal-0.007: ask test mma", "seed1/mma-0.007: train"]
+    assert sorted(calls[:2]) == first  # then causal chooses, before anything else is trained
+    assert sorted(calls[2:7]) == sorted(trials) and sorted(calls[7:]) == sorted(second)
+    assert "`mma` diverged (seed 1)" in said and "| `mma@eval` | 50.0 ± 0.0 |" in said
+    assert "for all: 0.007, at the edge of what was tried; it is the best" in said
+    assert "0.00175: 20.0%, 0.0035: diverged, 0.007: 30.0%" in said
+    lines = [json.loads(line) for line in (stage.folder / "calls").read_text().splitlines()]
+    spans = [[at for at, _, name in lines if name == f"seed{n}/align-data"] for n in (0, 1)]
+    assert (max(start for start, _ in spans) < min(end for _, end in spans)) == (jobs == 2)
+    compare.main(argv)
+    assert capsys.readouterr().out == said and stage.calls() == calls  # nothing is left to do
+
+
+def test_causal_chooses_the_learning_rate_and_says_where_there_is_none(stage, capsys):
+    argv = [*stage.flags, "--masks", "mma", "--seeds", "1", "--jobs", "2"]
+    stage.fates({"seed0/causal-0.0035 val": 9})
+    compare.main(argv)
+    assert "for all: 0.0035; it is the best" in capsys.readouterr().out
+    assert stage.calls()[-1] == "seed0/mma-0.0035: ask test mma"
+    lost = {f"seed0/causal-{lr:g}": "diverges" for lr in compare.TRIED}
+    stage.fates(lost)
+    argv[argv.index(str(stage.out))] = str(stage.folder / "other")
+    error = refused_last(capsys, argv)
+    assert "causal diverges at every learning rate" in error
+
+
+def refused_last(capsys, argv) -> str:
+    """The last line of a comparison that ends with an error, after its progress."""
+    with pytest.raises(SystemExit) as ended:
+        compare.main(argv)
+    assert ended.value.code == 2
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+def test_other_masks_and_more_seeds_train_only_what_is_missing(stage, capsys):
+    flags = [*stage.flags, "--lr", "0.01", "--jobs", "2"]
+    compare.main([*flags, "--masks", "causal", "--seeds", "1"])
+    before = stage.calls()
+    assert before == ["seed0/align-data: train", "seed0/causal-0.01: train",
+                      "seed0/causal-0.01: ask test causal"]
+    compare.main([*flags, "--masks", "causal,text,mma@eval", "--seeds", "2"])
+    assert sorted(stage.calls()[3:]) == [
+        "seed0/align-text: train", "seed0/causal-0.01: ask test mma",
+        "seed0/text-0.01: ask test causal", "seed0/text-0.01: train",
+        "seed1/align-data: train", "seed1/align-text: train",
+        "seed1/causal-0.01: ask test causal", "seed1/causal-0.01: ask test mma",
+        "seed1/causal-0.01: train", "seed1/text-0.01: ask test causal", "seed1/text-0.01: train"]
+
+
+def test_children_of_a_killed_comparison_are_waited_for_and_not_doubled(stage):
+    stage.fates({"seed0/causal-0.01": "wait"})
+    argv = [*stage.flags, "--masks", "causal,mma", "--seeds", "1", "--lr", "0.01", "--jobs", "1"]
+    log, calls = stage.folder / "log", ["seed0/align-data: train", "seed0/causal-0.01: train"]
+    with started(log, run_on, stage.folder, argv) as process:
+        wait_for(process, lambda: stage.calls() == calls)
+    assert process.exitcode == -signal.SIGKILL
+    with started(log, run_on, stage.folder, argv) as process:
+        wait_for(process, lambda: "waiting for what was started before" in log.read_text())
+        time.sleep(0.5)
+        assert stage.calls() == calls and process.is_alive()
+        (stage.folder / "go").touch()
+        process.join()
+    assert process.exitcode == 0 and stage.calls() == [
+        *calls, "seed0/causal-0.01: ask test causal", "seed0/mma-0.01: train",
+        "seed0/mma-0.01: ask test mma"]
+
+
+def test_sigterm_stops_a_comparison_and_its_children_save(stage):
+    stage.fates({"seed0/causal-0.01": "wait"})
+    argv = [*stage.flags, "--masks", "causal", "--seeds", "1", "--lr", "0.01"]
+    with started(stage.folder / "log", run_on, stage.folder, argv) as process:
+        wait_for(process, (stage.out / "seed0/causal-0.01/ready").exists)
+        process.terminate()
+        process.join()
+    assert process.exitcode == 130 and (stage.out / "seed0/causal-0.01/saved").exists()
+    (stage.folder / "go").touch()
+    compare.main(argv)
+    assert stage.calls()[2:] == ["seed0/causal-0.01: train again",
+                                 "seed0/causal-0.01: ask test causal"]
+
+
+def test_a_run_that_fails_ends_the_comparison_with_its_reason_after_the_others_saved(stage, capsys):
+    stage.fates({
+        "seed0/causal-0.01": "wait", "seed0/mma-0.01": "fails after seed0/causal-0.01"})
+    argv = [*stage.flags, "--masks", "causal,mma", "--seeds", "1", "--lr", "0.01", "--jobs", "2"]
+    error, log = refused_last(capsys, argv), stage.out / "seed0/mma-0.01/log.txt"
+    assert f"seed0/mma-0.01: train.py: no such picture (all that it said: {log})" in error
+    assert "no such picture" in log.read_text() and (stage.out / "seed0/causal-0.01/saved").exists()
+    stage.fates({"seed0/align-data": "diverges"})
+    argv[argv.index(str(stage.out))] = str(stage.folder / "other")
+    assert "seed0/align-data: train.py: align step 3: loss nan" in refused_last(capsys, argv)
+
+
+def test_a_run_that_was_killed_is_gone_on_with(stage, capsys):
+    stage.fates({"seed0/causal-0.01": "killed"})
+    argv = [*stage.flags, "--masks", "causal", "--seeds", "1", "--lr", "0.01", "--jobs", "2"]
+    assert "seed0/causal-0.01: exit code -9 (all that it said" in refused_last(capsys, argv)
+    stage.fates({})
+    compare.main(argv)
+    assert stage.calls()[2:] == ["seed0/causal-0.01: train again",
+                                 "seed0/causal-0.01: ask test causal"]
+
+
+def test_what_was_trained_and_is_gone_is_not_trained_anew(stage, capsys):
+    argv = [*stage.flags, "--masks", "causal", "--seeds", "1", "--lr", "0.01"]
+    compare.main(argv)
+    (stage.out / "seed0/causal-0.01/last.pt").unlink()
+    calls = stage.calls()
+    assert "causal-0.01/last.pt: no such file" in refused_last(capsys, argv)
+    assert stage.calls() == calls
+
+
+def test_a_folder_tells_how_far_its_run_is(tmp_path):
+    run = compare.Run(tmp_path, {"steps": 20}, "test", "mma")
+    line = json.dumps({"stage": "instruct", "step": 20}) + "\n"
+
+    def state() -> tuple:
+        return run.steps_made(), run.trained(), run.finished(), run.diverged()
+
+    assert state() == (0, False, False, False)
+    (tmp_path / "metrics.jsonl").write_text(line.replace("20", "10") + line[:-1])
+    assert state() == (10, False, False, False)  # the second line is not yet whole
+    (tmp_path / "metrics.jsonl").write_text(line)
+    save_file({"stage": 0}, tmp_path / "last.pt")
+    assert state() == (20, False, False, False)  # killed after the last evaluation
+    save_file({"stage": 1}, tmp_path / "last.pt")
+    assert state() == (20, True, False, False)
+    run.answers.write_text("")
+    assert state() == (20, True, True, False)
+    (tmp_path / "metrics.jsonl").write_text('{"stage": "instruct", "step": 7, "diverged": "nan"}\n')
+    assert state() == (7, True, True, True)
+    (tmp_path / "metrics.jsonl").write_text('{"stage": "align", "step": 7, "diverged": "nan"}\n')
+    assert state() == (7, False, False, False)
+
+
+@pytest.mark.parametrize("flags, wanted", [
+    (["--masks", "causal,mmm"], "'mmm' is none of"),
+    (["--seeds", "0"], "--seeds must be at least 1"),
+    (["--seed", "999999999"], "seed must be below"),
+    (["--jobs", "0"], "--jobs must be at least 1"),
+    (["--mask", "mma"], "--masks"),
+    (["--order", "text"], "no such flag"),
+    (["--mask-s", "mma"], "did you mean"),
+    (["--resume"], "no such flag"),
+    (["--steps", "0"], "steps must be at least 1"),
+    (["--lr", "nan"], "lr must be above 0"),
+    (["--n-embd", "100"], "n_embd 100 must be a multiple of n_head 6"),
+    (["--init", "no/such/model.pt"], "no/such/model.pt: no such file"),
+    (["--data", "no/such/folder"], "no/such/folder"),
+])
+def test_bad_input_gets_one_line_and_leaves_nothing(flags, wanted, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(compare, "find", Path)
+    assert wanted in refused(capsys, compare.main, *flags, "--out", tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
-# Dual order --------------------------------------------------------------------------------------
+def test_a_folder_that_holds_something_else_is_refused(stage, capsys):
+    stage.out.mkdir()
+    (stage.out / "results.md").write_text("mine")
+    assert "already holds something" in refused(capsys, compare.main, *stage.flags)
+    assert [path.name for path in stage.out.iterdir()] == ["results.md"] and not stage.calls()
 
 
-def image_positions(batch: Batch) -> list[str]:
-    """For each row whether its pictures stand first, or after the text and before <answer>."""
-    found = []
-    for roles in batch.roles.tolist():
-        images = [i for i, role in enumerate(roles) if role == IMAGE]
-        prompt = [i for i, role in enumerate(roles) if role == PROMPT]
-        found.append("first" if images[0] == 0 else
-                     "after" if images == list(range(prompt[-2] + 1, prompt[-1])) else "elsewhere")
-    return found
+def test_it_is_not_for_torchrun(stage, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "without torchrun" in refused(capsys, compare.main, *stage.flags)
 
 
-def test_dot_puts_the_prompt_first_in_every_other_batch_and_changes_nothing_else(runs):
-    for n, ((batch, _), (plain, _)) in enumerate(zip(runs["dot", 0][2], runs["causal", 0][2], strict=True)):
-        assert set(image_positions(plain)) == {"first"}  # the control
-        assert set(image_positions(batch)) == {"after" if n % 2 else "first"}
-        assert torch.equal(batch.tokens.sort().values, plain.tokens.sort().values)
-        assert torch.equal(batch.images, plain.images)
-
-
-def test_prompt_first_is_what_the_sequence_builder_makes_of_pictures_written_after_the_text():
-    tokenizer, config, rng = Tokenizer([]), Config(image_size=16, patch_size=8, block_size=400), random.Random(0)
-    chats = [], []  # pictures before the text of each turn, and after it
-    for _ in range(40):
-        turns, some = ([("system", "be brief")], [("system", "be brief")]), 0
-        for _ in range(rng.randint(1, 3)):
-            text, images = "word" * rng.randint(1, 5), "<image>" * rng.randint(0, 2)
-            turns[0].extend([("human", images + text), ("gpt", "yes")])
-            turns[1].extend([("human", text + images), ("gpt", "yes")])
-            some += len(images) // 7
-        for side, talk in zip(chats, turns, strict=True):
-            side.append(build_sequence(tokenizer, config, talk[:-1], some, "a" * len(talk)))
-    before, after = (pad_batch(side) for side in chats)
-    got = prompt_first(Batch(None, torch.tensor([]), *before, []))
-    assert not torch.equal(before[0], after[0])  # the control
-    assert all(map(torch.equal, (got.tokens, got.roles, got.targets), after))
+def test_runs_at_once_and_their_threads_share_the_cores(stage, monkeypatch):
+    for cores, flags, wanted in ((1, [], (1, 1)), (2, [], (2, 1)), (16, [], (4, 4)),
+                                 (6, ["--jobs", 1], (1, 6)), (2, ["--jobs", 8], (8, 1))):
+        monkeypatch.setattr(torch, "get_num_threads", lambda: cores)
+        c = plan(*stage.flags, *flags)
+        assert (c.jobs, c.threads) == wanted
+    monkeypatch.setattr(compare, "choose_device", lambda *_: (torch.device("cuda"), "a GPU"))
+    assert plan(*stage.flags).jobs == 1
 
 
 # Figures -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("n, t", [(2, 12.7062), (3, 4.3027), (4, 3.1824), (5, 2.7764), (11, 2.2281), (31, 2.0423)])
+@pytest.mark.parametrize("n, t", [(2, 12.7062), (3, 4.3027), (4, 3.1824), (5, 2.7764), (11, 2.2281),
+                                  (31, 2.0423)])
 def test_intervals_are_students_as_in_the_printed_tables(n, t):
     values = [float(i) for i in range(n)]
     mean, half = interval(values)
@@ -176,129 +604,97 @@ def test_intervals_are_students_as_in_the_printed_tables(n, t):
     assert half != pytest.approx(1.96 * deviation / n ** 0.5, rel=1e-2)  # the control: a normal's
 
 
-def test_f1_and_yes_rate():
-    said = [(True, True)] * 3 + [(True, False)] + [(False, True)] * 2 + [(False, False)] * 4
-    assert compare.yes_no(said) == {"f1": pytest.approx(2 * 3 / (2 * 3 + 2 + 1)), "yes": 0.5}
-    assert compare.yes_no([(True, False)]) == {"f1": 0.0, "yes": 0.0}
-    assert compare.yes_no([(False, False)]) == {}  # nothing that could be found
-
-
-def test_f1_is_of_the_task_exist_alone(monkeypatch):
-    examples = [SimpleNamespace(task=task, answer=answer)
-                for task, answer in (("exist", "yes"), ("exist", "no"), ("sum", "yes"))]
-    monkeypatch.setattr(compare, "examine", lambda *_, **how: (["yes", "no", "no"], {"blind": {}}))
-    run = SimpleNamespace(model=torch.nn.Module(), how={})
-    assert compare.ask_all(run, examples, "mma") == {"blind": {}, "f1": 1.0, "yes": 0.5}
-
-
-def made_up(**changes) -> dict:
+def made_up() -> dict[str, list[Result]]:
     """Results of two entries with three seeds: mma is better by 10, 11 and 12 points."""
-    results = {"given": {"lr": 0.01, "out": "out/compare-shapes", "jobs": 1}, "jobs": 2, "threads": 3,
-               "settings": {"lr": 0.01, "steps": 20, "out": "out", "eval_sample": 9}, "lr": 0.01,
-               "seconds": 90.0, "machine": "a machine", "entries": ["causal", "mma"],
-               "seeds": [0, 1, 2], "runs": {}}
+    found = {"causal": [], "mma": []}
     for seed in range(3):
         for entry, more in (("causal", 0.0), ("mma", 0.1 + 0.01 * seed)):
             value = 0.2 + 0.3 * seed + more  # seeds differ far more than entries do
-            test = {"accuracy": {"all": value, "hop": value, "mine": 1.0, "at": 0.5, "attr": 0.9}, "f1": 0.7,
-                    "questions": {"all": 24, "hop": 10, "mine": 10, "at": 3, "attr": 1}, "yes": 0.4,
-                    "blind": {"all": 0.1}}
-            line = {"accuracy": test["accuracy"], "questions": test["questions"],
-                    "samples_per_second": 100.0 if more else 110.0}
-            curve = [{"step": step, "train_loss": 0.5 - step / 100} | line for step in (10, 20)]
-            results["runs"][Job(entry, seed, 0.01).name] = {"tests": {entry: test}, "curve": curve, "parameters": 7}
-    for name, change in changes.items():
-        results["runs"][name] |= change
-    return results
+            accuracy = {"all": value, "hop": value, "mine": 1.0, "at": 0.5, "attr": 0.9}
+            questions = {"all": 24, "hop": 10, "mine": 10, "at": 3, "attr": 1}
+            lines = [{"step": step, "train_loss": 0.5 - step / 100, "accuracy": accuracy,
+                      "questions": questions, "samples_per_second": 100.0 if more else 110.0}
+                     for step in (10, 20)]
+            found[entry].append(Result({"accuracy": accuracy, "questions": questions,
+                                        "blind": {"all": 0.1}}, lines))
+    return found
 
 
-def test_differences_to_causal_are_taken_seed_by_seed():
-    head, _, causal, mma = ([part.strip() for part in line.split("|")[1:-1]]
-                            for line in table(made_up()).splitlines())
-    row, base = dict(zip(head, mma, strict=True)), dict(zip(head, causal, strict=True))
-    assert row["over causal"] == "+11.0 ± 2.5" and base["over causal"] == "-"
-    assert base["over mma"] == "-11.0 ± 2.5" and row["over mma"] == "-"
-    assert row["**all**"] == "61.0 ± 77.0"  # the control: unpaired, nothing can be said
-    assert row["time"] == "1.10 ± 0.00" and row["parameters"] == "7" and row["`mine`"] == "100.0 ± 0.0"
-    assert compare.table_by_task(made_up()).splitlines()[2:] == [
+def cells_of(text: str) -> list[dict[str, str]]:
+    """The rows of a table in Markdown: column -> cell."""
+    lines = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+             for line in text.splitlines()]
+    return [dict(zip(lines[0], line, strict=True)) for line in lines[2:]]
+
+
+def test_differences_are_taken_seed_by_seed():
+    causal, mma = cells_of(table(["causal", "mma"], made_up(), made_up()))
+    assert mma["over causal"] == "+11.0 ± 2.5" and causal["over causal"] == "-"
+    assert causal["over mma"] == "-11.0 ± 2.5" and mma["over mma"] == "-"
+    assert mma["all"] == "61.0 ± 77.0"  # the control: unpaired, nothing can be said
+    assert table_by_task(made_up()).splitlines()[2:] == [
         "| `causal` | 50.0 ± 0.0 | 90.0 ± 0.0 | 50.0 ± 74.5 | 100.0 ± 0.0 |",
         "| `mma` | +0.0 ± 0.0 | +0.0 ± 0.0 | +11.0 ± 2.5 | +0.0 ± 0.0 |"]
 
 
-def test_every_column_holds_its_own_figure_and_groups_weigh_questions_not_tasks():
-    head, _, causal, _ = ([part.strip() for part in line.split("|")[1:-1]] for line in table(made_up()).splitlines())
-    row = {title: figure.removesuffix(" ± 0.0").removesuffix(" ± 0.000")
-           for title, figure in zip(head, causal, strict=True)}
-    assert row["perception (at, attr)"] == "60.0"  # three of 50%, one of 90%; 70 would be the mean of the tasks
-    assert row["two steps (hop)"] == "50.0 ± 74.5" and row["blind"] == "10.0"
-    assert (row["exist: F1"], row["exist: yes"], row["training loss"]) == ("70.0", "40.0", "0.300")
+def test_every_column_holds_its_own_figure():
+    results = made_up() | {"mma@eval": made_up()["causal"]}
+    causal, mma, evaluated = cells_of(table(list(results), results, made_up()))
+    assert causal == {"entry": "`causal`", "all": "50.0 ± 74.5", "over causal": "-",
+                      "over mma": "-11.0 ± 2.5", "blind": "10.0 ± 0.0",
+                      "training loss": "0.300 ± 0.000", "time": "1.00 ± 0.00",
+                      "steps to 80%": ">20"}
+    assert mma["time"] == "1.10 ± 0.00"
+    assert evaluated == causal | {"entry": "`mma@eval`", "over causal": "+0.0 ± 0.0",
+                                  "steps to 80%": "-"}  # its evaluations were causal's
+    alone = {"mma": [made_up()["mma"][0]._replace(scores={
+        "accuracy": {"all": 1.0}, "questions": {"all": 1}, "blind": {}})]}
+    assert cells_of(table(["mma"], alone, alone)) == [{
+        "entry": "`mma`", "all": "100.0", "over causal": "-", "over mma": "-", "blind": "-",
+        "training loss": "0.300", "time": "-", "steps to 80%": ">20"}]
 
 
-def test_accuracy_by_step_is_the_mean_over_seeds_of_each_training_and_of_ten_steps_at_most():
-    results = made_up() | {"entries": ["causal", "mma", "mma@eval"]}
-    for seed in range(3):
-        curve = results["runs"][f"seed{seed}/mma-0.01"]["curve"]
-        curve[0] = curve[0] | {"accuracy": {"all": 0.1 * seed}}
-        for entry in ("causal", "mma"):
-            results["runs"][f"seed{seed}/{entry}-0.01"]["tests"]["mma@eval"] = {}
-    assert compare.table_by_step(results).splitlines() == [
-        "| steps | 10 | 20 |", "| --- | ---: | ---: |", "| `causal` | 50.0 | 50.0 |", "| `mma` | 10.0 | 61.0 |"]
-    for run in results["runs"].values():
-        run["curve"] = [run["curve"][0] | {"step": step} for step in range(1, 27)]
-    head = compare.table_by_step(results).splitlines()[0]
-    assert head == "| steps | 2 | 5 | 8 | 11 | 14 | 17 | 20 | 23 | 26 |"
+def test_steps_to_80_are_the_mean_of_first_evaluations_at_or_above_it_or_more_than_all():
+    def seed(*accuracies) -> Result:
+        return Result({}, [{"step": 500 * n, "accuracy": {"all": value}}
+                           for n, value in enumerate(accuracies, 1)])
+
+    assert steps_to_80([seed(0.1, 0.7999, 0.8, 0.7)]) == "1,500"
+    assert steps_to_80([seed(0.1, 0.9, 0.9), seed(0.9, 0.1, 0.1)]) == "750 ± 3,177"
+    assert steps_to_80([seed(0.1, 0.9, 0.9), seed(0.1, 0.1, 0.79)]) == ">1,500"
 
 
 def test_tasks_may_be_called_as_columns_are_and_hold_what_markdown_does():
-    results = json.loads(json.dumps(made_up()).replace('"hop"', '"blind"').replace('"mine"', '"a|b"'))
-    for text in (table(results), compare.table_by_task(results)):
-        head, _, causal, mma = ([cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
-                                for line in text.splitlines())
-        assert len(head) == len(causal) == len(mma)
-        own = dict(zip(head, causal))
-        assert own["`a\\|b`"] == "100.0 ± 0.0" and own["`blind`"] == "50.0 ± 74.5"
-    assert "| blind |" in table(results)
+    text = json.dumps(made_up()).replace('"hop"', '"blind"').replace('"mine"', '"a|b"')
+    results = {entry: [Result(*one) for one in seeds] for entry, seeds in json.loads(text).items()}
+    causal, mma = cells_of(table_by_task(results))
+    assert causal["`a\\|b`"] == "100.0 ± 0.0" and causal["`blind`"] == "50.0 ± 74.5"
+    assert mma["`blind`"] == "+11.0 ± 2.5"
+    assert cells_of(table(["causal"], results, results))[0]["blind"] == "10.0 ± 0.0"
 
 
-def test_an_entry_that_diverges_is_shown_as_such_and_all_others_as_ever(tmp_path):
-    results, whole = made_up(), table(made_up()).splitlines()
-    results["runs"]["seed1/mma-0.01"] = {"tests": {}, "diverged": "loss nan"}
-    lines = table(results).splitlines()
-    assert lines[3].startswith("| `mma` | diverged | - |") and "| 50.0 ± 74.5 |" in lines[2]
-    assert len(lines) == len(whole) and {line.count("|") for line in lines} == {lines[0].count("|")}
-    assert "`mma`" not in compare.table_by_task(results)
-    results["settings"] |= {"out": str(tmp_path), "eval_every": 10}
-    results["runs"] |= {"seed0/align": {"tests": {}, "split": "val"}}
-    for run in results["runs"].values():
-        run |= {"seed": 1, "split": "val"}
-    said = compare.report(results)
-    assert "`mma` diverged (seed 1)" in said
-    assert said.startswith("`python compare.py --masks causal,mma --seeds 3 --lr 0.01 --jobs 1`: 2 min on a machine, "
-                           "runs at once: 2, CPU threads of each: 3. Seeds: 0, 1, 2.")
-    results["runs"]["seed0/causal-0.01"] |= {"tests": {}, "diverged": "loss nan", "seed": 0}
-    said = compare.report(results)  # nothing is left to show
-    assert "`causal` diverged (seed 0)" in said and "By task" not in said and "| `causal` | diverged |" in said
+def test_curves_of_groups_weigh_questions_not_tasks():
+    causal = made_up()["causal"]
+    assert learning_curve(causal, ["at", "attr"]) == {10: [pytest.approx(60)] * 3,
+                                                      20: [pytest.approx(60)] * 3}  # 70: of tasks
+    assert learning_curve(causal, ["all"])[20] == [pytest.approx(v) for v in (20, 50, 80)]
+    assert learning_curve(causal, ["exist"]) == {}  # val does not ask it
 
 
-def test_the_report_says_which_learning_rate_causal_chose_and_of_how_many_steps_the_loss_is(tmp_path):
-    results = made_up() | {"lr": None}
-    results["settings"] |= {"out": str(tmp_path), "eval_every": 8}
-    results["runs"] |= {name.replace("0.01", "0.02"): dict(run) for name, run in results["runs"].items()}
-    results["runs"]["seed0/causal-0.005"] = {"tests": {}}
-    for lr, val in ((0.005, 0.5), (0.01, 0.7), (0.02, 0.6)):
-        results["runs"][f"seed0/causal-{lr:g}"] |= {"lr": lr, "val": val}
-    for run in results["runs"].values():
-        run["split"] = "test"
-    said = compare.report(results)
-    assert "for all: 0.01; it is the best" in said and "0.005: 50.0%, 0.01: 70.0%, 0.02: 60.0%" in said
-    assert "the last 4 steps" in said  # 17 to 20
-    results["runs"]["seed0/causal-0.02"]["val"] = 0.9
-    assert "for all: 0.02, at the edge of what was tried; it is" in compare.report(results)
+def test_each_group_of_tasks_and_each_other_task_has_its_panel(monkeypatch):
+    titles = []
 
+    def panel(title, curves, colors, last):
+        titles.append(title)
+        assert list(curves) == ["causal", "mma"] and last == 20
+        return chart(title, curves, colors, last)
 
-def test_runs_of_different_size_are_not_compared():
-    with pytest.raises(ValueError, match="number of parameters"):
-        table(made_up(**{"seed1/mma-0.01": {"parameters": 8}}))
+    monkeypatch.setattr(engine.results, "chart", panel)
+    engine.results.draw_curves(made_up(), compare.COLORS, 20, "note")
+    assert titles == ["all", "perception (at, attr)", "two steps (hop)", "mine"]
+    titles.clear()
+    monkeypatch.undo()
+    engine.results.draw_curves({}, compare.COLORS, 20, "all have diverged")
 
 
 def test_curves_are_drawn_at_their_values():
@@ -312,231 +708,49 @@ def test_curves_are_drawn_at_their_values():
     assert min(band) < 18 + 0.1 * 184 and 18 + 0.45 * 184 < max(band) < 18 + 0.55 * 184
     empty = chart("title", {}, {}, 100)  # the control
     assert not any(math.dist(empty.getpixel((end - 3, y)), color) < 60 for y in range(empty.height))
-    assert chart("title", {"mma": {}}, compare.COLORS, 100).tobytes() == empty.tobytes()  # a task val does not ask
-    assert chart("title", {"mma": {50: [50.0]}}, compare.COLORS, 100).tobytes() != empty.tobytes()  # one evaluation
+    none = chart("title", {"mma": {}}, compare.COLORS, 100)  # a task that val does not ask
+    assert none.tobytes() == empty.tobytes()
+    one = chart("title", {"mma": {50: [50.0]}}, compare.COLORS, 100)  # one evaluation
+    assert one.tobytes() != empty.tobytes()
 
 
-def test_causal_chooses_the_learning_rate_before_anything_else_is_trained():
-    results = made_up() | {"lr": None, "runs": {}}
-    results["settings"] |= {"align_steps": 5, "init": ""}
-    assert [job.name for job in compare.startable(results)] == [f"seed{n}/align" for n in range(3)]
-    for seed in range(3):
-        results["runs"][f"seed{seed}/align"] = {"tests": {}}
-    tries = compare.startable(results)
-    assert [(job.entry, job.seed) for job in tries] == [("causal", 0)] * 3
-    assert compare.steps_of(results, *compare.all_jobs(results)) == 3 * 5 + (2 + 6) * 20
-    for job, accuracy in zip(tries[:2], (0.5, 0.7), strict=True):
-        results["runs"][job.name] = {"tests": {"causal": {}}, "val": accuracy, "lr": job.lr}
-    assert compare.chosen_lr(results) is None and compare.startable(results) == tries[2:]
-    for accuracy, best in ((0.6, tries[1]), (0.8, tries[2])):
-        results["runs"][tries[2].name] = {"tests": {"causal": {}}, "val": accuracy, "lr": tries[2].lr}
-        assert compare.chosen_lr(results) == best.lr == compare.startable(results)[0].lr
-        assert len(compare.startable(results)) == 5  # causal with seed 0 is one of the tries
-    results["entries"] = ["causal", "mma@eval"]  # tries that have lost are not tested again
-    assert [job.name for job in compare.startable(results)] == [
-        best.name, *(f"seed{seed}/causal-{best.lr:g}" for seed in (1, 2))]
+# The report, of folders that were made up --------------------------------------------------------
 
 
-@pytest.mark.parametrize("jobs", [1, 2])
-def test_every_run_is_made_once_also_those_that_diverge(jobs, tmp_path, monkeypatch, capsys):
-    results = made_up() | {"lr": None, "runs": {}, "jobs": jobs, "threads": 1}
-    results["settings"] |= {"align_steps": 5, "init": "", "out": str(tmp_path)}
-    tries, started, most = compare.trials(results), [], []
-    lost = tries[1], Job("mma", 1, tries[2].lr)  # the default rate, and a run at the best one
-
-    def launch(job, results):
-        started.append(job)
-        assert len(started) < 20
-        most.append(len(started) - len(results["runs"]))
-        found = job._asdict() | {"tests": {entry: {} for entry in compare.tested_as(results, job)}}
-        if job in lost:
-            found |= {"diverged": "loss nan", "tests": {}}
-        elif job in tries:
-            found["val"] = 0.1 * job.lr
-        ours, theirs = multiprocessing.Pipe()
-        theirs.send(3)  # steps
-        theirs.send(found)
-        return ours, SimpleNamespace(join=lambda: None, terminate=lambda: None)
-
-    monkeypatch.setattr(compare, "launch", launch)
-    compare.train_all(results)
-    assert "100%|" in (bar := capsys.readouterr().err) and "| 175/175 [" in bar  # 3 times 5, 8 times 20
-    best = tries[2]
-    wanted = [*(compare.aligned(seed) for seed in range(3)), *tries, best,  # the best is tested once it is chosen
-              *(Job(entry, seed, best.lr) for seed in range(3) for entry in ("causal", "mma"))]
-    wanted.remove(best)
-    assert sorted(started) == sorted(wanted) and max(most) == jobs + 1  # the best was finished before
-    assert started.index(best) < min(started.index(job) for job in started if job.entry == "mma")
-    assert not compare.startable(results) and json.loads((tmp_path / "results.json").read_text()) == results
-    monkeypatch.setattr(compare, "launch", None)
-    compare.train_all(results)  # the control: nothing is left
-    assert "| 175/175 [" in capsys.readouterr().err
+def leave(run: compare.Run, right: int) -> None:
+    """A finished run: right of its ten answers, in a folder."""
+    run.folder.mkdir(parents=True, exist_ok=True)
+    line = {"stage": "instruct", "step": run.steps, "train_loss": 0.5, "seconds": 60.0,
+            "accuracy": {"all": 0.5}, "questions": {"all": 9}, "samples_per_second": 9.0}
+    (run.folder / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    answer = {"id": "1", "task": "at", "question": "?", "right": "yes", "blind": None}
+    lines = [json.dumps(answer | {"answer": "yes" if n < right else "no"}) for n in range(10)]
+    run.answers.write_text("\n".join(lines) + "\n")
 
 
-def test_the_time_that_is_left_is_told_of_what_is_left_to_do(tiny, tmp_path, monkeypatch):
-    given = {"data": str(tiny), "steps": 60, "align_steps": 10, "eval_every": 30, "lr": 0.01, "device": "cpu",
-             "workers": 0, "out": str(tmp_path), "masks": "causal,mma", "seeds": 2, "jobs": 1, "eval_sample": 50}
-    results, now = compare.settled(given, False) | {"threads": torch.get_num_threads()}, [0.0]
-
-    def takes(seconds):
-        return lambda *args, **how: now.__setitem__(0, now[0] + seconds)
-
-    monkeypatch.setattr(compare.time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(compare, "good", takes(0.25))  # to read a batch, which takes a core as well
-    monkeypatch.setattr(Run, "update", takes(0.75))
-    monkeypatch.setattr(compare, "answer_all", takes(8.0))  # for 80 examples
-    trained = 60 + 2 * 0.1 * (2 * 50 + 80)  # two evaluations and the test, each with its blind half
-    assert compare.predict(results) == pytest.approx(2 * 10 + 4 * trained)
-    assert compare.predict(results | {"jobs": 2}) == pytest.approx(10 + 2 * trained)
-    assert compare.predict(results | {"jobs": 9}) == pytest.approx(10 + trained)  # the longest of each phase
-    results["runs"] = {"seed0/align": {"tests": {}}, "seed1/align": {"tests": {}},
-                       "seed0/causal-0.01": {"tests": {"causal": {}}}, "seed0/mma-0.01": {"tests": {}}}
-    assert compare.predict(results) == pytest.approx(2 * trained + 2 * 0.1 * 80)  # one lacks only its test
-    for step, stage, saved in ((29, 0, 29), (40, 0, 40 + 2 * 0.1 * 50), (0, 1, 60 + 2 * 0.1 * 2 * 50)):
-        (tmp_path / "seed1/mma-0.01").mkdir(parents=True, exist_ok=True)
-        save_file({"step": step, "stage": stage}, tmp_path / "seed1/mma-0.01/last.pt")  # half-trained
-        assert compare.predict(results) == pytest.approx(2 * trained + 2 * 0.1 * 80 - saved)
-    monkeypatch.setitem(results, "lr", None)  # without a rate: two trials more, on val alone
-    results["runs"] = {}
-    (tmp_path / "seed1/mma-0.01/last.pt").unlink()
-    assert compare.predict(results) == pytest.approx(2 * 10 + 4 * trained + 2 * (trained - 2 * 0.1 * 80) + 3 * 0.1 * 80)
-
-
-# The command -------------------------------------------------------------------------------------
-
-
-def launch(*argv) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, str(ROOT / "compare.py"), *map(str, argv)], text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"},
-                            start_new_session=True)
-
-
-def test_half_a_comparison_is_gone_on_with_and_ends_as_one_that_was_never_stopped(
-        tiny, tmp_path, runs, capsys):
-    out = tmp_path / "out"
-    process = launch("--data", tiny, *FLAGS, "--masks", "causal", "--seeds", "1", "--jobs", "1", "--out", out)
-    done = out / "seed0/causal-0.01/metrics.jsonl"
-    while process.poll() is None and not (done.exists() and done.read_text()):
-        time.sleep(0.02)  # until an entry is trained by a third
-    os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C in a terminal: all processes get it
-    said, error = process.communicate(timeout=60)
-    assert process.returncode == 130 and "--resume" in error and "Traceback" not in error, error
-    assert "minutes" in said  # predicted before it began
-    assert list(json.loads((out / "results.json").read_text())["runs"]) == ["seed0/align"]
-    assert 0 < torch.load(done.with_name("last.pt"), weights_only=True)["step"] < 60
-    before = (out / "seed0/align/last.pt").stat().st_mtime_ns
-    compare.main(["--resume", "--out", str(out), "--masks", "causal,mma@eval"])
-    said = capsys.readouterr().out
-    assert (out / "seed0/align/last.pt").stat().st_mtime_ns == before, "what was finished ran again"
-    run, wanted = json.loads((out / "results.json").read_text())["runs"]["seed0/causal-0.01"], runs["causal", 0][0]
-    assert run["tests"] == wanted["tests"]
-    assert [line["val_loss"] for line in run["curve"]] == [line["val_loss"] for line in wanted["curve"]]
-    assert "| `mma@eval` |" in said and (out / "results.md").read_text().strip() == said.strip()[-len(
-        (out / "results.md").read_text().strip()):] and (out / "curves.png").exists()
-    compare.main(["--resume", "--out", str(out), "--masks", "causal"])  # nothing to train: chosen of what there is
-    assert json.loads((out / "results.json").read_text())["entries"] == ["causal"]
-    with held(out) as is_held, pytest.raises(SystemExit):
-        compare.main(["--resume", "--out", str(out), "--masks", "mma@eval"])
-    assert is_held and "another process is at work" in capsys.readouterr().err
-    assert json.loads((out / "results.json").read_text())["entries"] == ["causal"]
-
-
-def test_a_run_that_diverges_is_a_result_and_one_that_fails_is_not(tmp_path, monkeypatch):
-    monkeypatch.setattr(compare, "leave_group", lambda: None)
-    handlers = {}
-    monkeypatch.setattr(signal, "signal", handlers.__setitem__)
-    results, said = {"threads": torch.get_num_threads(), "settings": {"out": str(tmp_path)}}, []
-    for entry, error in (("mma", FloatingPointError("loss nan")), ("mma", ValueError("no picture")),
-                         ("align", FloatingPointError("loss nan"))):
-        def work(*_, error=error):
-            raise error
-
-        monkeypatch.setattr(compare, "work", work)
-        ours, theirs = multiprocessing.Pipe()
-        compare.child(theirs, Job(entry, 0, 0.01), results)
-        said.append(ours.recv())
-    assert said == [{"entry": "mma", "seed": 0, "lr": 0.01, "tests": {}, "diverged": "loss nan"},
-                    "seed0/mma-0.01: no picture", "seed0/align: loss nan"]
-    with pytest.raises(SystemExit):  # SIGTERM leaves time to clean up
-        handlers[signal.SIGTERM](signal.SIGTERM, None)
-
-
-def test_a_run_that_fails_ends_the_comparison_with_its_reason_in_one_line(tiny, tmp_path, capsys):
-    given = {"data": str(tmp_path / "none"), "out": str(tmp_path / "out"), "lr": 0.01, "device": "cpu"}
-    results = compare.settled(given, False)
-    (tmp_path / "out").mkdir()
-    with pytest.raises(ValueError, match="seed0/align.*none/train.json: .*log.txt"):
-        compare.train_all(results | {"threads": 1, "jobs": 1})
-    assert "Traceback" in (tmp_path / "out/seed0/align/log.txt").read_text()
-
-
-@pytest.mark.parametrize("flags, wanted", [
-    (["--masks", "causal,mmm"], "'mmm' is none of"),
-    (["--seeds", "0"], "--seeds must be at least 1"),
-    (["--jobs", "0"], "--jobs must be at least 1"),
-    (["--mask", "mma"], "--masks"),
-    (["--mask-s", "mma"], "did you mean"),
-    (["--steps", "0"], "steps must be at least 1"),
-    (["--resume"], "to go on with"),
-    (["--data", "no/such/folder"], "no/such/folder"),
-])
-def test_bad_input_gets_one_line_and_leaves_nothing(flags, wanted, tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as ended:
-        compare.main([*flags, "--out", str(tmp_path / "out")])
-    error = capsys.readouterr().err
-    assert ended.value.code == 2 and wanted in error and error.count("\n") == 1
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_comparison_is_gone_on_with_only_under_its_own_flags(tmp_path, capsys):
-    new = compare.settled({"out": str(tmp_path), "steps": 20, "jobs": 1, "device": "auto"}, False)
-    assert new["settings"]["eval_every"] == 2  # ten points of a curve
-    (tmp_path / "results.json").write_text(json.dumps(new))
-    assert compare.settled({"out": str(tmp_path), "steps": 20, "device": "auto"}, True) == new  # the same once more
-    again = compare.settled({"out": str(tmp_path), "jobs": 2}, True)
-    assert again == new | {"jobs": 2, "given": new["given"] | {"jobs": 2}}  # as many threads: they change last digits
-    for flags, wanted in ((["--resume", "--steps", "30"], "--steps was 20"), (["--resume", "--lr", "1"], "was 'tried'"),
-                          ([], "already holds")):
-        with pytest.raises(SystemExit):
-            compare.main([*flags, "--out", str(tmp_path)])
-        assert wanted in capsys.readouterr().err
-    for other in ({name: new[name] for name in new if name != "seeds"}, new | {"settings": {"lr": 1}}, [], "no"):
-        (tmp_path / "results.json").write_text(json.dumps(other))
-        with pytest.raises(SystemExit) as ended:
-            compare.main(["--resume", "--out", str(tmp_path)])
-        assert ended.value.code == 2 and "no comparison to go on with" in capsys.readouterr().err
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(SystemExit):
-        compare.main(["--resume", "--out", str(tmp_path / "empty")])
-    assert not list((tmp_path / "empty").iterdir())
-
-
-def test_a_comparison_that_another_process_began_meanwhile_is_not_touched(tmp_path, capsys, monkeypatch):
-    out = tmp_path / "out"
-    flags = ["--data", str(make_tiny(tmp_path / "tiny", 12)), "--out", str(out)]
-
-    def begun(results):
-        out.mkdir()
-        (out / "results.json").write_text("another's")
-        return 0.0
-
-    monkeypatch.setattr(compare, "train_all", lambda results: None)
-    monkeypatch.setattr(compare, "report", lambda results: "done")
-    monkeypatch.setattr(compare, "predict", begun)
-    with pytest.raises(SystemExit):
-        compare.main(flags)
-    assert "already holds" in capsys.readouterr().err and (out / "results.json").read_text() == "another's"
-    shutil.rmtree(out)
-
-    def tries(results):
-        with held(out) as is_held:
-            assert not is_held
-
-    monkeypatch.setattr(compare, "predict", lambda results: 0.0)
-    monkeypatch.setattr(compare, "train_all", tries)
-    compare.main(flags)
-    assert "done" in capsys.readouterr().out
-    with held(out) as is_held:
-        assert is_held  # the control: given back
-    assert not list(out.iterdir())
+def test_the_report_says_what_was_done_and_what_diverged(stage):
+    c = plan(*stage.flags, "--masks", "causal,mma,dot", "--seeds", 2, "--lr", 0.01, "--jobs", 2,
+             "--eval-every", 8)
+    runs = sum(c.phases(c.lr), [])
+    for run in runs:
+        leave(run, 5)
+    said = compare.report(c, c.lr, "python compare.py --x")
+    assert (stage.out / "results.md").read_text() == said + "\n"
+    assert said.startswith("`python compare.py --x`: 10 min of training on cpu, 1 threads, float32")
+    assert "runs at once: 2, CPU threads of each: 1. Seeds: 0, 1." in said
+    assert "on the test split" in said and "the last 4 steps" in said  # 17 to 20
+    assert "`dot`: causal, with pictures before and after" in said and "Learning rate" not in said
+    assert "By task" in said and "diverged" not in said
+    lost = c.stage_2("mma", 1, c.lr).folder / "metrics.jsonl"
+    line = '{"stage": "instruct", "step": 3, "diverged": "loss nan", "seconds": 1.0}\n'
+    lost.write_text(line)
+    said = compare.report(c, c.lr, "python compare.py --x")
+    causal, mma, dot, *_ = cells_of(said.split("\n\n")[2])
+    assert set(mma.values()) == {"`mma`", "diverged", "-"} and dot["over causal"] == "+0.0 ± 0.0"
+    assert causal["all"] == "50.0 ± 0.0" and causal["over mma"] == "-"  # all others as ever
+    assert "`mma` diverged (seed 1)" in said and "| `mma` | +" not in said
+    (c.stage_2("causal", 0, c.lr).folder / "metrics.jsonl").write_text(line)
+    said = compare.report(c, c.lr, "python compare.py --x")
+    assert "`causal` diverged (seed 0)" in said and "By task" not in said
+    (c.stage_2("dot", 0, c.lr).folder / "metrics.jsonl").write_text(line)
+    assert "`dot` diverged" in compare.report(c, c.lr, "python compare.py --x")  # nothing is left

@@ -2,6 +2,7 @@
 import json
 import os
 import signal
+from collections import defaultdict
 from types import SimpleNamespace
 
 import pytest
@@ -10,11 +11,15 @@ import torch
 import sample
 import train
 from data.llava import Examples, Records
-from helpers import TINY, make_tiny, metrics, same, weights
-from nanoaki import NanoAKI
-from train import Muon, Objective, answer_all, make_optimizers, other_pictures, schedule, score
+from engine.device import Objective
+from engine.evaluation import answer_all, ask_all, held_out_loss, other_pictures
+from engine.optimizer import Muon, make_optimizers, schedule
+from engine.scores import Answered, scores, table, yes_no
+from helpers import TINY, make_tiny, metrics, refused, same, weights
+from nanoaki import IMAGE, NanoAKI
 
 STEPS = ["--align-steps", "150", "--steps", "300", "--eval-every", "100", "--lr", "0.01"]
+SHORT = ["--align-steps", "8", "--steps", "16", "--eval-every", "6", "--dropout", "0.1"]
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +32,16 @@ def trained(tiny, tmp_path_factory):
     out = tmp_path_factory.mktemp("run") / "out"
     train.main(["--data", str(tiny), "--out", str(out), *TINY, *STEPS])
     return out
+
+
+@pytest.fixture(scope="module")
+def asked(tiny, trained):
+    """The trained model, and examples of the test split in its tokens."""
+    model = NanoAKI.load(trained / "model.pt")
+    return model, Examples(Records.read(tiny, "test.json"), model.tokenizer, model.config)
+
+
+# A run and its files -----------------------------------------------------------------------------
 
 
 def test_a_tiny_task_is_learned_from_pictures(trained):
@@ -43,77 +58,98 @@ def test_nothing_is_learned_when_pictures_are_shuffled_against_questions(tmp_pat
 
 
 def test_a_run_leaves_all_its_files_and_a_line_per_evaluation(trained):
-    assert {p.name for p in trained.iterdir()} == {"model.pt", "last.pt", "metrics.jsonl", "samples.png",
-                                                   "config.json"}
+    assert {p.name for p in trained.iterdir()} == {"model.pt", "last.pt", "metrics.jsonl",
+                                                   "samples.png", "config.json"}
     lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
     assert [(m["stage"], m["step"]) for m in lines] == [
         ("align", 150), ("instruct", 100), ("instruct", 200), ("instruct", 300), ("test", 300)]
     for line in lines[1:-1]:
-        assert {"train_loss", "val_loss", "accuracy", "blind", "samples_per_second", "seconds"} <= set(line)
+        assert {"train_loss", "val_loss", "accuracy", "blind", "samples_per_second",
+                "seconds"} <= set(line)
+    about = json.loads((trained / "config.json").read_text())
+    state = torch.load(trained / "last.pt", weights_only=True)
+    assert about == {"settings": state["settings"], "config": state["config"]}
 
 
 def test_model_pt_is_the_one_with_the_lowest_held_out_loss(trained, tiny):
     best = min(m["val_loss"] for m in metrics(trained) if m["stage"] == "instruct")
     model = NanoAKI.load(trained / "model.pt")
     val = Examples(Records.read(tiny, "val.json"), model.tokenizer, model.config)
-    assert train.held_out_loss(Objective(model, torch.device("cpu"), "auto"), val, list(range(len(val))), "mma",
-                                 9) == pytest.approx(best, rel=1e-4)
+    objective, every = Objective(model, torch.device("cpu"), "auto"), list(range(len(val)))
+    assert held_out_loss(objective, val, every, "mma", 9) == pytest.approx(best, rel=1e-4)
 
 
 def test_the_same_seed_gives_the_same_run_bit_for_bit_and_another_does_not(tiny, tmp_path):
     short = ["--align-steps", "8", "--steps", "12", "--eval-every", "6", "--dropout", "0.1"]
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        train.main(["--data", str(tiny), "--out", str(tmp_path / name), "--seed", str(seed), *TINY, *short])
+        train.main(["--data", str(tiny), "--out", str(tmp_path / name), "--seed", str(seed), *TINY,
+                    *short])
     a, b, c = (weights(tmp_path / name / "last.pt") for name in "abc")
     assert same(a, b) and not same(a, c)
     assert metrics(tmp_path / "a") == metrics(tmp_path / "b") != metrics(tmp_path / "c")
 
 
-@pytest.mark.parametrize("stop_at", [5, 8, 17, 24])  # in stage 1, at its end, in stage 2, at its end
-def test_ctrl_c_saves_exits_130_and_resume_ends_as_if_nothing_happened(tiny, tmp_path, capsys, monkeypatch, stop_at):
-    short = ["--align-steps", "8", "--steps", "16", "--eval-every", "6", "--dropout", "0.1"]
-    command = ["--data", str(tiny), *TINY, *short, "--out"]
-    train.main([*command, str(tmp_path / "whole")])
-    real, count = train.Run.update, [0]
+@pytest.fixture(scope="module")
+def whole(tiny, tmp_path_factory):
+    """Runs that nothing interrupts, by order: made when first asked for."""
+    made = {}
 
-    def interrupted(self, stage, parts):
+    def run(order):
+        if order not in made:
+            made[order] = tmp_path_factory.mktemp("whole") / order
+            train.main(["--data", str(tiny), *TINY, *SHORT, "--order", order, "--out",
+                        str(made[order])])
+        return made[order]
+
+    return run
+
+
+@pytest.mark.parametrize("stop_at, order", [
+    (5, "data"), (7, "data"), (8, "data"),      # in stage 1, in time for its end, in its last step
+    (17, "data"), (23, "data"), (24, "data"),   # the same of stage 2
+    (4, "dual"), (16, "dual")])                 # after an odd number of steps of a stage
+def test_ctrl_c_saves_exits_130_and_resume_ends_as_if_nothing_happened(
+        tiny, whole, tmp_path, capsys, monkeypatch, stop_at, order):
+    uncut, out, real, count = whole(order), tmp_path / "cut", train.Run.step, [0]
+
+    def interrupted(self, stage, parts, targets):
         count[0] += 1
         if count[0] == stop_at:
             os.kill(os.getpid(), signal.SIGINT)
-        return real(self, stage, parts)
+        return real(self, stage, parts, targets)
 
-    monkeypatch.setattr(train.Run, "update", interrupted)
+    monkeypatch.setattr(train.Run, "step", interrupted)
     with pytest.raises(SystemExit) as stopped:
-        train.main([*command, str(tmp_path / "cut")])
+        train.main(["--data", str(tiny), *TINY, *SHORT, "--order", order, "--out", str(out)])
     assert stopped.value.code == 130 and "--resume" in capsys.readouterr().out
+    assert count[0] <= stop_at + 1
     picture = str(next((tiny / "images").iterdir()))
-    sample.main(["--model", str(tmp_path / "cut/model.pt"), "--image", picture, "--ask", "what color is left?"])
-    train.main(["--out", str(tmp_path / "cut"), "--resume"])
-    assert same(weights(tmp_path / "cut/last.pt"), weights(tmp_path / "whole/last.pt"))
-    assert same(weights(tmp_path / "cut/model.pt"), weights(tmp_path / "whole/model.pt"))
-    assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
-
-
-def refused(capsys, main, *argv):
-    """The one line that a command refuses with."""
-    with pytest.raises(SystemExit) as e:
-        main([str(a) for a in argv])
-    error = capsys.readouterr().err
-    assert e.value.code == 2 and error.count("\n") == 1, error
-    return error
+    sample.main(["--model", str(out / "model.pt"), "--image", picture, "--ask",
+                 "what color is left?"])
+    train.main(["--out", str(out), "--resume"])
+    assert count[0] == 24
+    assert same(weights(out / "last.pt"), weights(uncut / "last.pt"))
+    assert same(weights(out / "model.pt"), weights(uncut / "model.pt"))
+    assert metrics(out) == metrics(uncut)
 
 
 @pytest.mark.parametrize("argv, words", [
     (["--bacth-size", "4"], ["--bacth-size", "did you mean --batch-size?"]),
     (["--steps", "many"], ["--steps", "many"]),
-    (["--steps", "0"], ["steps", "at least 1"]),
+    (["--steps", "-1"], ["steps", "at least 0"]),
+    (["--warmup", "0"], ["warmup", "at least 1"]),
+    (["--steps", "0", "--align-steps", "0"], ["nothing to train", "steps is 0"]),
+    (["--steps", "0", "--init", "a.pt"], ["nothing to train", "steps is 0"]),
     (["--preset", "huge"], ["huge", "nano, small, base"]),
     (["--mask", "open"], ["open", "causal, mma"]),
+    (["--order", "random"], ["random", "data, image, text, dual"]),
+    (["--dtype", "int8"], ["int8", "float32, bfloat16"]),
     (["--n-embd", "100"], ["n_embd 100", "n_head 6"]),
     (["--block-size", "30"], ["block_size 30", "36"]),
     (["--device", "tpu"], ["tpu", "cpu"]),
     (["--lr", "nan"], ["lr", "nan"]),
     (["--data", "/nowhere"], ["/nowhere/train.json", "No such file"]),
+    (["--init", "/nowhere/model.pt"], ["/nowhere/model.pt", "no such file"]),
     (["--resume"], ["last.pt", "no such file"])])
 def test_a_bad_flag_is_one_clear_line(capsys, tmp_path, argv, words):
     error = refused(capsys, train.main, "--out", tmp_path / "out", *argv)
@@ -126,13 +162,131 @@ def test_a_run_is_never_overwritten_and_resume_refuses_a_changed_flag(capsys, tr
     assert "--resume" in refused(capsys, train.main, "--data", tiny, "--out", trained, *TINY)
     error = refused(capsys, train.main, "--out", trained, "--resume", "--lr", "0.02")
     assert "--lr" in error and "0.01" in error and "0.02" in error
-    assert before == ((trained / "metrics.jsonl").read_bytes(), (trained / "model.pt").read_bytes())
+    assert before == ((trained / "metrics.jsonl").read_bytes(),
+                      (trained / "model.pt").read_bytes())
+
+
+# A stage alone, and what is left out -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", ["data", "dual"])
+def test_steps_0_is_stage_1_alone_and_init_from_it_is_the_second_stage_bit_for_bit(
+        tiny, tmp_path, capsys, order):
+    """What compare.py builds on: stage 1 once, then a stage 2 for each mask."""
+    uncut, first = tmp_path / "uncut", tmp_path / "first"
+    command = ["--data", str(tiny), *TINY, *SHORT, "--order", order]
+    train.main([*command, "--mask", "causal", "--out", str(uncut)])
+    capsys.readouterr()
+    train.main([*command, "--steps", "0", "--out", str(first)])
+    said = capsys.readouterr().out
+    assert "split" not in said and "sample.py" not in said
+    assert {p.name for p in first.iterdir()} == {"model.pt", "last.pt", "metrics.jsonl",
+                                                 "config.json"}
+    assert metrics(first) == metrics(uncut)[:1]
+    assert same(weights(first / "model.pt"), weights(first / "last.pt"))
+    train.main(["--out", str(first), "--resume"])  # there is nothing left to do
+    assert metrics(first) == metrics(uncut)[:1]
+    for name, seed in (("second", "0"), ("another", "1")):
+        train.main(["--data", str(tiny), "--init", str(first / "model.pt"), "--mask", "causal",
+                    "--order", order, "--steps", "16", "--eval-every", "6", "--batch-size", "32",
+                    "--workers", "0", "--device", "cpu", "--seed", seed, "--out",
+                    str(tmp_path / name)])
+    second, another = tmp_path / "second", tmp_path / "another"
+    assert metrics(second) == metrics(uncut)[1:] != metrics(another)
+    for name in ("last.pt", "model.pt"):
+        assert same(weights(second / name), weights(uncut / name))
+        assert not same(weights(another / name), weights(uncut / name))
+
+
+def test_without_captions_steps_0_leaves_nothing_to_train(tmp_path, capsys):
+    data = make_tiny(tmp_path / "data", n=12)
+    (data / "captions.json").unlink()
+    with pytest.raises(SystemExit) as e:
+        train.main(["--data", str(data), *TINY, "--steps", "0", "--out", str(tmp_path / "out")])
+    error = capsys.readouterr().err
+    assert e.value.code == 2 and error.count("\n") == 1 and "no captions.json" in error
+    assert "nothing to train" in error and not (tmp_path / "out").exists()
+
+
+def test_test_sample_bounds_the_report_on_val_and_0_leaves_any_report_out(tmp_path, capsys):
+    data = make_tiny(tmp_path / "data", n=24)  # 8 questions to validate, and 8 to test
+    command = ["--data", str(data), *TINY, *SHORT, "--out"]
+
+    def report(name, *argv):
+        train.main([*command, str(tmp_path / name), *argv])
+        return metrics(tmp_path / name)[-1], capsys.readouterr().out
+
+    line, said = report("all", "--test-sample", "6")
+    assert line["stage"] == "test" and line["questions"]["all"] == 8 and "test-sample" not in said
+    line, said = report("none", "--test-sample", "0")
+    assert (line["stage"], line["step"]) == ("instruct", 16) and "exact match of" not in said
+    assert not (tmp_path / "none/samples.png").exists() and (tmp_path / "none/model.pt").exists()
+    (data / "test.json").unlink()
+    line, said = report("some", "--test-sample", "6")
+    assert line["stage"] == "val" and line["questions"]["all"] == 6 and "6 of 8 questions" in said
+    assert (tmp_path / "some/samples.png").exists()
+    line, said = report("val", "--test-sample", "8")
+    assert line["questions"]["all"] == 8 and "--test-sample" not in said
+
+
+# The order of pictures and text ------------------------------------------------------------------
+
+
+def first_of(roles) -> str:
+    """What all rows of a batch begin with."""
+    starts = {"image" if role == IMAGE else "text" for role in roles[:, 0].tolist()}
+    return starts.pop() if len(starts) == 1 else "mixed"
+
+
+@pytest.mark.parametrize("order, align, instruct, asks", [
+    ("data", ["text"], ["image"], "image"),  # as written, the control of all others
+    ("image", ["image"], ["image"], "image"),
+    ("text", ["text"], ["text"], "text"),
+    ("dual", ["image", "text"], ["image", "text"], "image")])  # in turns
+def test_order_is_kept_in_both_stages_in_evaluation_and_by_the_model(
+        tmp_path, monkeypatch, order, align, instruct, asks):
+    data, out = make_tiny(tmp_path / "data", n=24), tmp_path / "out"
+    text = (data / "captions.json").read_text()
+    (data / "captions.json").write_text(text.replace('"<image>"', '"name both\\n<image>"'))
+    trains, asked, real = defaultdict(list), defaultdict(set), train.Run.step
+    generate, loss, now = NanoAKI.generate, NanoAKI.loss, []
+
+    def steps(self, stage, parts, targets):
+        now[:] = [stage.name]
+        trains[stage.name].append(first_of(parts[0].roles))
+        return real(self, stage, parts, targets)
+
+    def generates(self, images, tokens, roles, *more, **how):
+        asked[now[0]].add(first_of(roles))
+        return generate(self, images, tokens, roles, *more, **how)
+
+    def losses(self, batch, *more):
+        if not torch.is_grad_enabled():
+            asked[now[0]].add(first_of(batch.roles))
+        return loss(self, batch, *more)
+
+    monkeypatch.setattr(train.Run, "step", steps)
+    monkeypatch.setattr(NanoAKI, "generate", generates)
+    monkeypatch.setattr(NanoAKI, "loss", losses)
+    train.main(["--data", str(data), *TINY, "--align-steps", "4", "--steps", "6", "--eval-every",
+                "3", "--order", order, "--out", str(out)])
+    assert trains["align"] == (align * 4)[:4] and trains["instruct"] == (instruct * 6)[:6]
+    assert asked["align"] == ({"text"} if order == "data" else {asks})
+    assert asked["instruct"] == {asks}
+    assert NanoAKI.load(out / "model.pt").config.order == ("image" if order == "dual" else order)
+    now[:] = ["sample"]
+    sample.main(["--model", str(out / "model.pt"), "--data", str(data)])
+    assert asked["sample"] == {asks}
+
+
+# sample.py ---------------------------------------------------------------------------------------
 
 
 def test_sample_prints_one_line_per_question_and_nothing_else(capsys, trained, tiny):
     record = json.loads((tiny / "test.json").read_text())
     asked = [r["conversations"][0]["value"].replace("<image>\n", "") for r in record[:2]]
-    sample.main(["--model", str(trained / "model.pt"), "--image", str(tiny / record[0]["image"]), "--ask", *asked])
+    sample.main(["--model", str(trained / "model.pt"), "--image", str(tiny / record[0]["image"]),
+                 "--ask", *asked])
     out = capsys.readouterr().out
     assert out.splitlines() == [r["conversations"][1]["value"] for r in record[:2]]
 
@@ -158,17 +312,90 @@ def test_the_interactive_prompt_streams_what_ask_answers(capsys, trained, tiny, 
     (["--ask", "x", "--temperature", "-1"], ["temperature"]),
     (["--ask", "x", "--mask", "open"], ["open"]),
     (["--ask", "<image> x"], ["1 <image>", "0 pictures"]),
-    (["--imge", "x"], ["did you mean --image?"])])
-def test_sample_refuses_bad_input_in_one_line(capsys, trained, argv, words):
+    (["--imge", "x"], ["did you mean --image?"]),
+    (["--data", "/nowhere"], ["/nowhere/test.json", "No such file"]),
+    (["--data", "DATA", "--split", "tests"], ["tests.json", "No such file"]),
+    (["--data", "DATA", "--out", __file__], ["test_train.py", "exists already"]),
+    (["--data", "DATA", "--out", "/nowhere/answers.jsonl"], ["no folder /nowhere"]),
+    (["--ask", "x", "--split", "val"], ["--split needs --data"]),
+    (["--ask", "x", "--out", "answers.jsonl"], ["--out needs --data"]),
+    *[(["--data", "DATA", flag, "1"], [f"{flag} does not go with --data"]) for flag in (
+        "--ask", "--image", "--temperature", "--top-k", "--max-new-tokens", "--seed")]])
+def test_sample_refuses_bad_input_in_one_line(capsys, trained, tiny, argv, words):
+    argv = [str(tiny) if word == "DATA" else word for word in argv]
     argv = argv if "--model" in argv else ["--model", str(trained / "model.pt"), *argv]
     error = refused(capsys, sample.main, *argv)
     assert all(word in error for word in words), error
 
 
+def test_sample_asks_a_whole_split_as_train_did_at_its_end_and_leaves_a_line_per_question(
+        capsys, trained, tiny, tmp_path):
+    def ask(name, *argv):
+        sample.main(["--model", str(trained / "model.pt"), "--data", str(tiny), "--out",
+                     str(tmp_path / name), *argv])
+        lines = (tmp_path / name).read_text().splitlines()
+        return [Answered(**json.loads(line)) for line in lines], capsys.readouterr()
+
+    found, said = ask("test")
+    assert {"stage": "test", "step": 300, **scores(found)} == metrics(trained)[-1]
+    assert "\ntest split, exact match of generated answers:\n" + table(found) in said.out
+    assert "0/80" in said.err  # a progress bar
+    records = json.loads((tiny / "test.json").read_text())
+    assert [(r["id"], r["task"], r["conversations"][0]["value"].replace("<image>\n", ""),
+             r["conversations"][1]["value"]) for r in records] == [a[:4] for a in found]
+    assert all(a.answer and a.blind for a in found)
+    val, _ = ask("val", "--split", "val")
+    assert val[0].id == "val-0-left" and len(val) == 80
+    masked, _ = ask("masked", "--mask", "prefix")
+    assert [a[:4] for a in masked] == [a[:4] for a in found]
+    assert scores(masked)["accuracy"] != scores(found)["accuracy"]
+    own, _ = ask("own", "--mask", "mma")
+    assert own == found  # the control: the mask that it was trained with
+    before = (tmp_path / "test").read_bytes()
+    assert "exists already" in refused(capsys, sample.main, "--model", trained / "model.pt",
+                                       "--data", tiny, "--out", tmp_path / "test")
+    assert (tmp_path / "test").read_bytes() == before
+
+
+def test_answers_without_pictures_are_not_asked_blind(tmp_path, asked):
+    (tmp_path / "test.json").write_text(json.dumps([{"conversations": [
+        {"from": "human", "value": "what color is left?"}, {"from": "gpt", "value": " red\n"}]}]))
+    model, _ = asked
+    examples = Examples(Records.read(tmp_path, "test.json"), model.tokenizer, model.config)
+    (found,) = ask_all(model, examples, [0])
+    assert found[:4] == ("0", "", "what color is left?", "red") and found.blind is None
+    assert scores([found])["blind"] == {} and table([found]).splitlines()[1].split()[2] == "-"
+
+
+# Scores ------------------------------------------------------------------------------------------
+
+
+def test_f1_and_share_of_yes_are_those_of_pope_and_only_of_tasks_with_answers_yes_and_no():
+    def answered(task, rights, answers):
+        return [Answered("", task, "", right, answer, None)
+                for right, answer in zip(rights.split(), answers.split())]
+
+    some = answered("exist", "yes yes yes no no no no no", "yes yes no yes no no no maybe")
+    some += answered("all yes", "yes yes", "yes no") + answered("count", "1 2", "1 yes")
+    some += answered("never", "yes no no", "no no no")
+    precision = recall = 2 / 3  # of three said to be, two are; of three that are, two were found
+    assert yes_no(some) == {"exist": (pytest.approx(2 * precision * recall / (precision + recall)),
+                                      3 / 8), "never": (0, 0)}
+    lines = {line.split("  ")[0]: line.split()[-5:] for line in table(some).splitlines()[1:]}
+    assert lines["exist"] == ["62.5%", "-", "8", "66.7%", "37.5%"]
+    assert lines["never"] == ["66.7%", "-", "3", "0.0%", "0.0%"]
+    assert lines["count"] == ["count", "50.0%", "-", "2"] and lines["all"][0] == "all"
+    assert "F1" not in table(answered("count", "1 2", "1 2"))
+
+
+# Optimizers --------------------------------------------------------------------------------------
+
+
 def test_muon_is_torchs_within_bfloat16_and_not_without_momentum():
     def run(make, steps=4):
         torch.manual_seed(0)
-        ps = [torch.nn.Parameter(torch.randn(shape)) for shape in [(48, 16), (16, 48), (48, 16), (16, 16)]]
+        ps = [torch.nn.Parameter(torch.randn(shape))
+              for shape in [(48, 16), (16, 48), (48, 16), (16, 16)]]
         optimizer, start = make(ps), [p.detach().clone() for p in ps]
         for _ in range(steps):
             for p in ps:
@@ -177,19 +404,24 @@ def test_muon_is_torchs_within_bfloat16_and_not_without_momentum():
         return torch.cat([(p - s).flatten() for p, s in zip(ps, start)]).detach()
 
     ours = run(lambda ps: Muon(ps, lr=0.02, weight_decay=0.1))
+    half = run(lambda ps: Muon(ps, lr=0.02, weight_decay=0.1, dtype=torch.bfloat16))
     theirs = run(lambda ps: torch.optim.Muon(ps, lr=0.02, momentum=0.95, weight_decay=0.1))
     wrong = run(lambda ps: Muon(ps, lr=0.02, momentum=0.0, weight_decay=0.1))
     assert (ours - theirs).norm() < 0.02 * theirs.norm()
+    assert 0 < (half - ours).norm() < 0.02 * ours.norm() and half.dtype == torch.float32
     assert (wrong - theirs).norm() > 0.1 * theirs.norm()
 
 
-def test_every_parameter_has_one_optimizer_and_muon_gets_only_matrices_of_blocks_and_projector(trained):
-    model = NanoAKI.load(trained / "model.pt")
-    muon, adamw = ([p for g in o.param_groups for p in g["params"]] for o in make_optimizers(model, 0.1, 0.1, 0.0))
+def test_every_parameter_has_one_optimizer_and_muon_gets_only_matrices_of_blocks_and_projector(
+        asked):
+    model, _ = asked
+    muon, adamw = ([p for g in o.param_groups for p in g["params"]]
+                   for o in make_optimizers(model, 0.1, 0.1, 0.0))
     assert {id(p) for p in muon + adamw} == {id(p) for p in model.parameters()}
     assert len(muon + adamw) == len(list(model.parameters()))
+    parts = ("vit.blocks", "projector", "decoder.blocks")
     assert {id(p) for p in muon} == {id(p) for n, p in model.named_parameters()
-                                     if p.dim() == 2 and n.startswith(("vit.blocks", "projector", "decoder.blocks"))}
+                                     if p.dim() == 2 and n.startswith(parts)}
 
 
 def test_the_learning_rate_rises_then_falls_to_nothing():
@@ -198,12 +430,15 @@ def test_the_learning_rate_rises_then_falls_to_nothing():
     assert all(a > b for a, b in zip(shares[9:], shares[10:])) and shares[-1] < 0.001
 
 
-def test_blind_pictures_are_always_of_another_record(tiny, trained):
-    model = NanoAKI.load(trained / "model.pt")
-    examples = Examples(Records.read(tiny, "test.json"), model.tokenizer, model.config)
+# Evaluation --------------------------------------------------------------------------------------
+
+
+def test_blind_pictures_are_always_of_another_record(asked):
+    _, examples = asked
     other = other_pictures(examples, list(range(len(examples))))
     assert all(len(other[i]) == 1 and other[i] != examples[i].pictures for i in other)
-    assert len({p for some in other.values() for p in some}) == len({examples[i].pictures[0] for i in other})
+    assert (len({p for some in other.values() for p in some})
+            == len({examples[i].pictures[0] for i in other}))
 
 
 def test_of_several_pictures_none_is_shown_blind_to_a_record_that_has_it():
@@ -213,9 +448,8 @@ def test_of_several_pictures_none_is_shown_blind_to_a_record_that_has_it():
     assert other_pictures([SimpleNamespace(pictures=p) for p in own[::4]], [0, 1]) == {}
 
 
-def test_stopping_after_the_longest_right_answer_changes_no_score(tiny, trained):
-    model = NanoAKI.load(trained / "model.pt")
-    examples = Examples(Records.read(tiny, "test.json"), model.tokenizer, model.config)
+def test_stopping_after_the_longest_right_answer_changes_no_score(asked, monkeypatch):
+    model, examples = asked
     some, head = list(range(len(examples))), model.decoder.head
 
     def seldom_ending(x):  # about half of the answers run on
@@ -223,9 +457,13 @@ def test_stopping_after_the_longest_right_answer_changes_no_score(tiny, trained)
         logits[..., model.tokenizer.eos] -= 100 * ((1000 * x[..., 0]).long() % 2)
         return logits
 
-    model.decoder.head = seldom_ending
+    def accuracy(answers):
+        return scores([Answered("", e.task, "", e.answer, answer, None)
+                       for e, answer in zip(map(examples.__getitem__, some), answers)])["accuracy"]
+
+    monkeypatch.setattr(model.decoder, "head", seldom_ending)
     pictures = [sample.open_picture(str(examples[i].pictures[0])) for i in some]
     full = [a.strip() for a in model.ask(pictures, [examples[i].question for i in some])]
     cut = answer_all(model, examples, some)
-    assert cut != full and 0 < score(examples, some, full)[0]["all"] < 0.9
-    assert score(examples, some, cut) == score(examples, some, full)
+    assert cut != full and 0 < accuracy(full)["all"] < 0.9
+    assert accuracy(cut) == accuracy(full)
