@@ -15,6 +15,9 @@ from torch.utils.data import DataLoader, Dataset, StackDataset
 from engine.flags import fail
 
 
+GROUPS = []  # kept to the end: DDP, the last to let go of one, would wait forever for its threads
+
+
 @contextmanager
 def joined_processes():
     """Within, those that torchrun has started, if it has, are one group.
@@ -72,7 +75,8 @@ def in_parallel(module: torch.nn.Module, device: torch.device) -> torch.nn.Modul
     """A module whose gradients are the mean over all processes."""
     if not dist.is_initialized():
         return module
-    group = dist.new_group(backend="nccl") if device.type == "cuda" else None
+    group = dist.new_group(backend="nccl") if device.type == "cuda" else dist.group.WORLD
+    GROUPS.append(group)
     return DistributedDataParallel(module, process_group=group)
 
 

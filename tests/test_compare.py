@@ -54,7 +54,7 @@ def plan(*argv) -> compare.Comparison:
 
 @pytest.fixture(scope="module")
 def runs(tiny, tmp_path_factory):
-    """Of some entries with two seeds: the weights at each step of their training, and its batches."""
+    """Of some entries with two seeds: weights and batch of each step of their training."""
     out, found, seen = tmp_path_factory.mktemp("out"), {}, []
     plain = nanoaki.Model.loss
 
@@ -177,17 +177,17 @@ def test_where_there_is_no_stage_1_stage_2_takes_all_flags(tiny, tmp_path):
 
 @pytest.fixture(scope="module")
 def real(tiny, tmp_path_factory):
-    """A comparison that was stopped while its entry was trained, and gone on with for another."""
+    """A comparison that was stopped while its entry was trained, and gone on with."""
     folder = tmp_path_factory.mktemp("real")
-    flags = ["--data", str(tiny), *TINY, *SHORT, "--out", str(folder / "out")]
+    flags = ["--data", str(tiny), *TINY, *SHORT, "--masks", "mma@eval",
+             "--out", str(folder / "out")]
     log, done = folder / "log", folder / "out/seed0/causal-0.01/metrics.jsonl"
-    with started(log, compare.main, [*flags, "--masks", "causal"]) as process:
+    with started(log, compare.main, flags) as process:
         wait_for(process, lambda: done.exists() and done.read_text())
         os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C in a terminal
         process.join()
     step = torch.load(done.with_name("last.pt"), weights_only=True)["step"]
     stopped = SimpleNamespace(code=process.exitcode, said=log.read_text(), step=step)
-    flags += ["--masks", "causal,mma@eval"]
     with started(log, compare.main, flags) as process:
         process.join()
     assert process.exitcode == 0, log.read_text()
@@ -212,27 +212,28 @@ def test_what_was_stopped_and_gone_on_with_ends_as_what_was_never_stopped(real, 
 def test_the_report_is_printed_and_written_with_its_picture(real):
     assert (real.out / "results.md").read_text() in real.said
     assert "`mma@eval`" in real.said and Image.open(real.out / "curves.png").width > 300
-    assert "100%|" in real.said and "120 of 120 steps, about 00:00 left" in real.said
+    first, *_, last = re.findall(r"\| (\d+) of 120 steps, about (\S+) left", real.said)
+    assert first[0] in ("20", "40", "60", "80", "100") and last == ("120", "00:00")
 
 
 def test_results_are_those_of_the_last_weights_under_the_mask_of_the_test(real, tiny):
     records = json.loads((tiny / "test.json").read_text())
     pictures = [Image.open(tiny / record["image"]) for record in records]
     questions = [record["conversations"][0]["value"].replace("<image>\n", "") for record in records]
-    right, answers = [record["conversations"][1]["value"] for record in records], {}
-    for run in plan(*real.flags).phases(0.01)[2]:
-        model = NanoAKI.load(run.folder / "last.pt")
-        answers[run.answers] = model.ask(pictures, questions, mask=run.mask)
-        said = [json.loads(line) for line in run.answers.read_text().splitlines()]
-        assert [line["answer"] for line in said] == answers[run.answers]
-        hits = [a == b for a, b in zip(answers[run.answers], right, strict=True)]
-        assert run.scores()["accuracy"]["all"] == sum(hits) / len(hits)
-        assert 0 < run.scores()["blind"]["all"] < run.scores()["accuracy"]["all"]
-    causal, evaluated = answers.values()
-    assert causal != evaluated  # the control: masks change answers
+    right = [record["conversations"][1]["value"] for record in records]
+    run, = plan(*real.flags).phases(0.01)[2]
+    model = NanoAKI.load(run.folder / "last.pt")
+    answers = model.ask(pictures, questions, mask="mma")
+    assert answers != model.ask(pictures, questions)  # the control: masks change answers
+    said = [json.loads(line) for line in run.answers.read_text().splitlines()]
+    assert [line["answer"] for line in said] == answers
+    hits = [a == b for a, b in zip(answers, right, strict=True)]
+    assert run.scores()["accuracy"]["all"] == sum(hits) / len(hits)
+    assert 0 < run.scores()["blind"]["all"] < run.scores()["accuracy"]["all"]
 
 
-def test_a_comparison_is_gone_on_with_only_under_its_own_flags(runs, tiny, capsys, monkeypatch):
+def test_a_comparison_is_gone_on_with_only_under_its_own_flags(runs, tiny, tmp_path, capsys,
+                                                                monkeypatch):
     monkeypatch.setattr(compare, "start", None)  # nothing may be started
     out = runs["seed0", "causal-0.01"].folder.parents[1]
     flags = ["--data", tiny, "--lr", 0.01, "--seeds", 2, "--masks", "causal,mma,dot", "--out", out,
@@ -253,6 +254,10 @@ def test_a_comparison_is_gone_on_with_only_under_its_own_flags(runs, tiny, capsy
                           (["--init", model, "--n-embd", 32], "leave out --n-embd")):
         assert wanted in refused(capsys, compare.main, *flags, "--eval-every", 5, *other)
     assert contents(out) == before
+    shutil.copytree(out, tmp_path / "moved")
+    c = plan(*own, "--out", tmp_path / "moved", "--workers", 2, "--save-every", 9)
+    for run in sum(c.phases(c.lr), []):
+        c.refuse_other_flags(run)  # the control: none is
 
 
 def contents(folder: Path) -> dict:
@@ -267,9 +272,6 @@ def test_what_is_finished_is_only_reported_wherever_it_lies(real, tmp_path, caps
     compare.main(flags)
     said = capsys.readouterr().out
     assert said.split("\n\n")[1:] == (real.out / "results.md").read_text().split("\n\n")[1:]
-    compare.main([*flags, "--masks", "mma@eval"])
-    said = capsys.readouterr().out
-    assert "| `mma@eval` |" in said and "| `causal` |" not in said  # chosen of what there is
 
 
 def test_two_comparisons_are_not_at_work_in_one_folder(real, capsys, monkeypatch):
@@ -309,33 +311,38 @@ def log(**line):
     with open(out / "metrics.jsonl", "a") as file:
         file.write(json.dumps(line | {"seconds": 60.0}) + "\n")
 
-def stop(*_):
-    (out / "saved").touch()
-    sys.exit(143)
+def stop(number, _):
+    with open(out / "saved", "a") as file:
+        file.write(str(int(number)))
+    sys.exit(128 + number)
 
 note("train" + " again" * ("--resume" in flags), name)
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, stop)
 fate = json.loads((here / "fates").read_text()).get(name, "")
 steps = out / "steps"
 if "--resume" not in flags:
     shutil.copy(here / "begun.pt", out / "last.pt")
     steps.write_text(max(flags["--steps"], flags.get("--align-steps", "0"), key=int))
+(out / "ready").touch()
+if fate.startswith("after "):
+    _, other, *rest = fate.split()
+    fate = " ".join(rest)
+    while not (out.parents[1] / other / "ready").exists():
+        time.sleep(0.01)
 if fate == "wait":
-    signal.signal(signal.SIGTERM, stop)
-    (out / "ready").touch()
     while not (here / "go").exists():
         time.sleep(0.01)
+if fate == "slow":
+    time.sleep(0.3)
 if fate == "killed":
     os.kill(os.getpid(), signal.SIGKILL)
-if fate.startswith("fails after "):
-    while not (out.parents[1] / fate.split()[-1] / "ready").exists():
-        time.sleep(0.01)
-if fate.startswith("fails"):
+if fate == "fails":
     sys.exit("train.py: no such picture")
 stage = "align" if "align" in name else "instruct"
 if fate == "diverges":
     log(stage=stage, step=3, diverged="loss nan")
     sys.exit(f"train.py: {stage} step 3: loss nan")
-time.sleep(0.1)
 log(stage=stage, step=int(steps.read_text()), train_loss=1.0, samples_per_second=9.0,
     accuracy={"all": 0.5}, questions={"all": 9}, blind={})
 shutil.copy(here / "end.pt", out / "last.pt")
@@ -393,6 +400,7 @@ def run_on(folder: Path, argv: list[str]) -> None:
 @pytest.fixture
 def stage(tmp_path, monkeypatch):
     monkeypatch.setattr(compare, "SCRIPTS", tmp_path)
+    monkeypatch.setattr(compare, "time", SimpleNamespace(sleep=lambda _: time.sleep(0.02)))
     return Stage(tmp_path)
 
 
@@ -400,8 +408,12 @@ def stage(tmp_path, monkeypatch):
 def test_every_run_is_made_once_also_those_that_diverge(stage, jobs, capsys):
     fates = {"seed0/causal-0.0035": "diverges", "seed1/mma-0.007": "diverges",
              "seed0/causal-0.00175 val": 2, "seed0/causal-0.007 val": 3}
+    fates |= {"seed0/align-data": "slow", "seed1/align-data": "slow"}
+    if jobs == 2:
+        fates |= {"seed0/align-data": "after seed1/align-data",  # which has to be there
+                  "seed1/align-data": "after seed0/align-data"}
     stage.fates(fates)
-    argv = [*stage.flags, "--masks", "causal,mma,mma@eval", "--seeds", "2", "--jobs", str(jobs)]
+    argv = [*stage.flags, "--masks", "causal,mma@eval,mma", "--seeds", "2", "--jobs", str(jobs)]
     compare.main(argv)
     said, calls = capsys.readouterr().out, stage.calls()
     first = ["seed0/align-data: train", "seed1/align-data: train"]
@@ -418,8 +430,9 @@ def test_every_run_is_made_once_also_those_that_diverge(stage, jobs, capsys):
     assert "for all: 0.007, at the edge of what was tried; it is the best" in said
     assert "0.00175: 20.0%, 0.0035: diverged, 0.007: 30.0%" in said
     lines = [json.loads(line) for line in (stage.folder / "calls").read_text().splitlines()]
-    spans = [[at for at, _, name in lines if name == f"seed{n}/align-data"] for n in (0, 1)]
-    assert (max(start for start, _ in spans) < min(end for _, end in spans)) == (jobs == 2)
+    (_, end), (start, _) = [[at for at, _, name in lines if name == f"seed{n}/align-data"]
+                            for n in (0, 1)]
+    assert (end < start) == (jobs == 1)
     compare.main(argv)
     assert capsys.readouterr().out == said and stage.calls() == calls  # nothing is left to do
 
@@ -451,13 +464,18 @@ def test_other_masks_and_more_seeds_train_only_what_is_missing(stage, capsys):
     before = stage.calls()
     assert before == ["seed0/align-data: train", "seed0/causal-0.01: train",
                       "seed0/causal-0.01: ask test causal"]
-    compare.main([*flags, "--masks", "causal,text,mma@eval", "--seeds", "2"])
+    stage.fates({"seed1/causal-0.01": "slow"})  # none is to be at work in one folder with another
+    compare.main([*flags, "--masks", "causal,mma@eval,text", "--seeds", "2"])
     assert sorted(stage.calls()[3:]) == [
         "seed0/align-text: train", "seed0/causal-0.01: ask test mma",
         "seed0/text-0.01: ask test causal", "seed0/text-0.01: train",
         "seed1/align-data: train", "seed1/align-text: train",
         "seed1/causal-0.01: ask test causal", "seed1/causal-0.01: ask test mma",
         "seed1/causal-0.01: train", "seed1/text-0.01: ask test causal", "seed1/text-0.01: train"]
+    calls, _ = stage.calls(), capsys.readouterr()
+    compare.main([*flags, "--masks", "text", "--seeds", "1"])  # chosen of what there is
+    said = capsys.readouterr().out
+    assert "| `text` |" in said and "causal` |" not in said and stage.calls() == calls
 
 
 def test_children_of_a_killed_comparison_are_waited_for_and_not_doubled(stage):
@@ -478,14 +496,16 @@ def test_children_of_a_killed_comparison_are_waited_for_and_not_doubled(stage):
         "seed0/mma-0.01: ask test mma"]
 
 
-def test_sigterm_stops_a_comparison_and_its_children_save(stage):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_all_stops_a_comparison_which_stops_its_children(stage, number):
     stage.fates({"seed0/causal-0.01": "wait"})
     argv = [*stage.flags, "--masks", "causal", "--seeds", "1", "--lr", "0.01"]
     with started(stage.folder / "log", run_on, stage.folder, argv) as process:
         wait_for(process, (stage.out / "seed0/causal-0.01/ready").exists)
-        process.terminate()
+        os.killpg(process.pid, number)
         process.join()
-    assert process.exitcode == 130 and (stage.out / "seed0/causal-0.01/saved").exists()
+    assert process.exitcode == 130
+    assert (stage.out / "seed0/causal-0.01/saved").read_text() == "15"  # once, and as it should be
     (stage.folder / "go").touch()
     compare.main(argv)
     assert stage.calls()[2:] == ["seed0/causal-0.01: train again",
@@ -494,7 +514,7 @@ def test_sigterm_stops_a_comparison_and_its_children_save(stage):
 
 def test_a_run_that_fails_ends_the_comparison_with_its_reason_after_the_others_saved(stage, capsys):
     stage.fates({
-        "seed0/causal-0.01": "wait", "seed0/mma-0.01": "fails after seed0/causal-0.01"})
+        "seed0/causal-0.01": "wait", "seed0/mma-0.01": "after seed0/causal-0.01 fails"})
     argv = [*stage.flags, "--masks", "causal,mma", "--seeds", "1", "--lr", "0.01", "--jobs", "2"]
     error, log = refused_last(capsys, argv), stage.out / "seed0/mma-0.01/log.txt"
     assert f"seed0/mma-0.01: train.py: no such picture (all that it said: {log})" in error

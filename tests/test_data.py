@@ -411,7 +411,7 @@ def check_selection(part, replies, items):
     for i, reply in enumerate(wanted):
         e = examples[i]
         assert (e.id, e.task, e.question, e.answer) == reply[7:11]
-        assert e.pictures == [part.folder / path for path in reply.shown]
+        assert e.pictures == [part.path.parent / path for path in reply.shown]
         assert e.whole[1].count(IMAGE) == 4 * reply.pictures
         assert bytes(t for t, r in zip(*e.whole) if r == ANSWER and t < 256) == reply.text.encode()
     numbers = list(dict.fromkeys(r.record for r in replies))

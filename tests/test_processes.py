@@ -200,7 +200,7 @@ def test_processes_talk_on_the_cpu_and_only_gradients_on_the_device(tmp_path, mo
     module = torch.nn.Linear(1, 1)
     with joined_processes():
         assert in_parallel(module, torch.device("cuda")) == "nccl"
-        assert in_parallel(module, torch.device("cpu")) is None  # the default group
+        assert in_parallel(module, torch.device("cpu")) is dist.group.WORLD
     assert in_parallel(module, torch.device("cuda")) is module
 
 
