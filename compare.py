@@ -27,7 +27,7 @@ from engine.checkpoint import INIT, RESUMED, settle
 from engine.children import failure, start, stop, wait_for_others
 from engine.device import choose_device
 from engine.flags import Parser, as_command, flag, one_line, pick, run_script
-from engine.folder import hold, refuse_used
+from engine.folder import hold, refuse_used, write_whole
 from engine.results import Result, Results, draw_curves, table, table_by_task
 from engine.scores import Answered, scores
 from nanoaki import MASKS, Config, load_file
@@ -186,9 +186,6 @@ class Comparison:
                                      f"not {value!r}: choose another --out")
 
 
-# What does it ------------------------------------------------------------------------------------
-
-
 def steps_made(runs: list[Run]) -> int:
     return sum({run.folder: run.steps_made() for run in runs}.values())
 
@@ -231,9 +228,6 @@ def do_all(comparison: Comparison, at_work: TextIO) -> float:
         lr = comparison.best_lr()
         do(comparison, comparison.phases(lr)[2], bar, at_work)
     return lr
-
-
-# What came out -----------------------------------------------------------------------------------
 
 
 def all_results(comparison: Comparison, lr: float) -> Results:
@@ -284,13 +278,10 @@ def report(comparison: Comparison, lr: float, command: str) -> str:
                          f"entry has a difference to it.")
         if entry in NOTES:
             parts.append(f"`{entry}`: {NOTES[entry]}.")
-    (c.out / "results.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    write_whole(c.out / "results.md", "\n\n".join(parts) + "\n")
     note = f"accuracy (%) over steps of stage 2, {sample}: mean of the seeds, and least to greatest"
     draw_curves(curves, COLORS, s.steps, note).save(c.out / "curves.png")
     return "\n\n".join(parts)
-
-
-# Command line ------------------------------------------------------------------------------------
 
 
 def plan(masks: str, seeds: int, jobs: int | None, flags: dict) -> Comparison:
@@ -354,10 +345,10 @@ def main(argv: list[str] | None = None) -> None:
                 refuse_used(c.out)
             c.out.mkdir(parents=True, exist_ok=True)
             with hold(c.out):
-                for lr in [c.lr] if c.lr else TRIED:
-                    for run in sum(c.phases(lr), []):
-                        c.refuse_other_flags(run)
                 with wait_for_others(c.out) as at_work:
+                    for lr in [c.lr] if c.lr else TRIED:
+                        for run in sum(c.phases(lr), []):
+                            c.refuse_other_flags(run)
                     lr = do_all(c, at_work)
                 print(report(c, lr, command))
     except KeyboardInterrupt:

@@ -108,7 +108,6 @@ def make_mask(name: str, roles: Tensor) -> Tensor:
     return MASKS[name](q, k) & real | (q.place == k.place)  # itself: no softmax row is empty
 
 
-
 class Cache:
     """Keys and values of a block for every position so far, in memory taken once (gpt-fast)."""
 
@@ -301,7 +300,7 @@ class Model(nn.Module):
         count, longest = (roles == IMAGE).sum(1), int((roles != PAD).sum(1).max())
         if count.sum() != len(images) * c.visual_tokens or (count % c.visual_tokens).any():
             raise ValueError(f"{int(count.sum())} IMAGE positions, but {len(images)} images of "
-                             f"{c.visual_tokens} visual tokens")
+                             f"{c.visual_tokens} visual tokens, each whole in a row")
         if longest > c.block_size:
             raise ValueError(f"a sequence of {longest} tokens is longer than the model's "
                              f"{c.block_size} positions")
@@ -339,7 +338,7 @@ class Model(nn.Module):
                 return
             yield [ids[i] if going[i] else None for i in range(B)]
             if t + 1 < T + steps:
-                # Decode: a row of the mask. Nothing given reads an answer: the cache stays right.
+                # Decode: a mask row. Only under leaky is it read by what the cache already holds.
                 x = (self.decoder.token(new) + self.decoder.position(position[:, t]))[:, None]
                 x = self.decoder(x, sees[:, :, t:t + 1, :t + 1], caches)[:, 0]
 
@@ -594,12 +593,13 @@ def build_sequence(tokenizer: Tokenizer, config: Config, turns: list[tuple[str, 
     for i in history:  # a question and its answer
         if sum(map(len, parts)) > room:
             parts[i], parts[i + 1] = [t for t in parts[i] if t == tokenizer.image], []
-    given = sum(parts, [])
-    if len(given) > room:
-        raise ValueError(f"{len(given)} tokens of pictures and text and {config.block_size - room} "
-                         f"of an answer are more than the model's {config.block_size} positions")
-    roles = [IMAGE if token == tokenizer.image else PROMPT for token in given]
-    return given + generated, roles + [ANSWER] * len(generated)
+    prompt = sum(parts, [])
+    if len(prompt) > room:
+        raise ValueError(f"{len(prompt)} tokens of pictures and text and "
+                         f"{config.block_size - room} of an answer are more than the model's "
+                         f"{config.block_size} positions")
+    roles = [IMAGE if token == tokenizer.image else PROMPT for token in prompt]
+    return prompt + generated, roles + [ANSWER] * len(generated)
 
 
 def pad_batch(sequences: list[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor, Tensor]:

@@ -17,11 +17,12 @@ from data import shapes
 from data.llava import Examples, read_split
 from engine.device import autocast, choose_device
 from engine.evaluation import report
+from engine.folder import write_whole
 from engine.flags import Parser, flag, one_line, run_script
 from nanoaki import MASKS, NanoAKI, open_picture
 
 
-def stream(model: NanoAKI, pictures: list[Image.Image], question: str, limit: int,
+def print_answer(model: NanoAKI, pictures: list[Image.Image], question: str, limit: int,
            **sampling) -> None:
     """Print the answer as it is generated; a character of several tokens once it is complete."""
     ids, shown = [], ""
@@ -42,7 +43,7 @@ def prompt(model: NanoAKI, pictures: list[Image.Image], limit: int, **sampling) 
             if not question:
                 return
             try:
-                stream(model, pictures, question, limit, **sampling)
+                print_answer(model, pictures, question, limit, **sampling)
             except ValueError as e:
                 print(e)
     except EOFError:
@@ -58,9 +59,7 @@ def ask_split(model: NanoAKI, args) -> None:
                       dtype=args.dtype)
     if args.out:
         lines = [json.dumps(a._asdict()) + "\n" for a in answered]
-        part = Path(f"{args.out}.part")
-        part.write_text("".join(lines))
-        part.replace(args.out)  # whole or not at all
+        write_whole(args.out, "".join(lines))
 
 
 def make_parser() -> Parser:
@@ -132,7 +131,7 @@ def main(argv: list[str] | None = None) -> None:
         sampling = {"temperature": args.temperature or 0.0, "top_k": args.top_k, "mask": args.mask}
         with autocast(device, args.dtype):
             if args.ask is None:
-                print(f"{reason}; a question a line, Ctrl-D to leave")
+                print(f"{reason}; a question a line, an empty one or Ctrl-D to leave")
                 prompt(model, pictures, limit, **sampling)
                 return
             answers = model.ask([pictures] * len(args.ask), args.ask, limit, **sampling)

@@ -30,7 +30,7 @@ from engine.checkpoint import Progress, save_run, saved_progress, settle
 from engine.device import Objective, choose_device, in_bfloat16, keep_freed_memory
 from engine.evaluation import draw_answered, examine, report
 from engine.flags import Parser, one_line, run_script
-from engine.folder import Metrics, hold, refuse_used
+from engine.folder import Metrics, hold, refuse_used, write_whole
 from engine.optimizer import make_optimizers, schedule
 from engine.processes import (StopSignal, first_does, in_parallel, joined_processes, load,
                               rank_and_world, total)
@@ -145,8 +145,9 @@ class Run:
         loss, norm = read(loss, norm)
         loss, rate = total(loss)[0], schedule(self.progress.step, stage.steps, s.warmup)
         if not math.isfinite(loss + norm):
+            ids = " ".join(id for part in parts for id in part.ids)
             what = (f"loss {loss}, gradient norm {norm}, at learning rate {stage.lr * rate:.2g}; "
-                    f"the batch: " + " ".join(id for part in parts for id in part.ids))
+                    f"the batch, or this process's part of it: {ids}")
             self.log(stage=stage.name, step=self.progress.step, diverged=what)
             if self.rank > 0:
                 raise SystemExit(2)  # the first process says it
@@ -165,8 +166,7 @@ class Run:
             stop = 0
             while self.progress.stage < len(self.stages) and not stop:
                 stop = self.train_stage(self.stages[self.progress.stage])
-            _, late, _ = self.agree(0, "")
-            stop = stop or late
+            stop = stop or self.agree(0, "")[1]  # it may have come with the last step
             if stop:
                 self.save()
                 print(f"stopped; {self.out / 'model.pt'} can be asked; to go on:\n"
@@ -306,7 +306,7 @@ def prepare(s: Settings, config: Config, state: dict | None):
     state is a checkpoint whose tokenizer is taken.
     """
     folder, stages = shapes.find(s.data), []
-    records = read_splits(folder, s.skip_bad)
+    records = read_splits(folder, s.skip_bad, captions=not s.init)
     if state:
         tokenizer = Tokenizer(state["merges"])
     else:
@@ -381,9 +381,9 @@ def train(argv: list[str] | None) -> None:
     tokenizer, config, stages, examples, split = first_does(lambda: prepare(s, config, state))
     torch.manual_seed(s.seed)
     model = NanoAKI(config, tokenizer).to(device)
-    print(f"model: {s.preset}, {sum(p.numel() for p in model.parameters()):,} parameters, "
-          f"{config.visual_tokens} visual tokens a picture, {len(tokenizer)} tokens in the "
-          f"vocabulary")
+    print(f"model: {s.init or s.preset}, {sum(p.numel() for p in model.parameters()):,} "
+          f"parameters, {config.visual_tokens} visual tokens a picture, {len(tokenizer)} tokens "
+          f"in the vocabulary")
     for part in filter(None, s.freeze.split(",")):
         getattr(model, part).requires_grad_(False)
     if state:
@@ -395,13 +395,13 @@ def train(argv: list[str] | None) -> None:
             refuse_used(out)  # again: another run may have come and gone meanwhile
         run = Run(s, model, stages, device, saved_progress(state) if resume else Progress())
         run.make_optimizers()
+        if rank == 0:
+            about = {"settings": asdict(s), "config": asdict(config)}
+            write_whole(out / "config.json", json.dumps(about, indent=1))
         if resume:
             run.restore(state)
         else:
             run.save()
-        if rank == 0:
-            about = {"settings": asdict(s), "config": asdict(config)}
-            (out / "config.json").write_text(json.dumps(about, indent=1))
         state = None  # as large as the model and its optimizers
         run.train()
         if s.steps and s.test_sample:
@@ -413,7 +413,7 @@ def train(argv: list[str] | None) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    with joined_processes(), one_line():
+    with joined_processes(), one_line():  # in this order: what is said is said before they part
         train(argv)
 
 

@@ -135,7 +135,6 @@ def refuse(path: Path, bad: list[str], total: int, skip: bool) -> None:
         print(f"skipping: {lines}", file=sys.stderr)
 
 
-
 class Replies(NamedTuple):
     """What is known of each reply without reading it again: int32 tensors of one length."""
     record: Tensor    # number of its record in the file
@@ -305,16 +304,18 @@ class Records:
 
 
 def read_split(folder: Path, name: str, skip_bad: bool = False) -> Records:
-    """The records of one split of a folder; without val.json those that are held out for it."""
-    if name == "val" and not (folder / "val.json").exists():
-        return read_splits(folder, skip_bad)["val"]
+    """The records of one split of a folder; without val.json, train and what is held out of it."""
+    if name in ("train", "val") and not (folder / "val.json").exists():
+        return read_splits(folder, skip_bad, captions=False)[name]
     return Records.read(folder, f"{name}.json", skip_bad)
 
 
-def read_splits(folder: Path, skip_bad: bool = False) -> dict[str, Records]:
+def read_splits(folder: Path, skip_bad: bool = False, captions: bool = True) -> dict[str, Records]:
     """The records of a folder by split; without val.json some of train's are held out."""
     names = [name for name in ("train", "captions", "val", "test")
              if name == "train" or (folder / f"{name}.json").exists()]
+    if not captions:
+        names = [name for name in names if name != "captions"]
     records = {name: Records.read(folder, f"{name}.json", skip_bad) for name in names}
     if "val" not in records:
         records["train"], records["val"] = records["train"].split(0.05, 0)
@@ -330,7 +331,6 @@ def read_splits(folder: Path, skip_bad: bool = False) -> dict[str, Records]:
 def stamp_of(status: os.stat_result) -> tuple[int, int]:
     """Size and time of a file: what changes when it does."""
     return status.st_size, status.st_mtime_ns
-
 
 
 class Example(NamedTuple):

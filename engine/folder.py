@@ -8,8 +8,9 @@ from pathlib import Path
 
 def refuse_used(folder: Path) -> None:
     """Raise ValueError if a folder for a new run holds more than one killed at its very start."""
+    early = ("config.json", "log.txt")
     if folder.exists() and (not folder.is_dir() or any(
-            f.stat().st_size and f.suffix != ".part" and f.name != "log.txt"
+            f.stat().st_size and f.suffix != ".part" and f.name not in early
             for f in folder.iterdir())):
         raise ValueError(f"{folder} already holds something: go on with --resume if it is a run, "
                          f"or choose another --out")
@@ -51,6 +52,13 @@ def is_at(file, path: Path) -> bool:
     with suppress(FileNotFoundError):
         return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
     return False
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    part = Path(f"{path}.part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
 
 
 class Metrics:

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, StackDataset
 from engine.flags import fail
 
 
-GROUPS = []  # kept to the end: DDP, the last to let go of one, would wait forever for its threads
+PROCESS_GROUPS = []  # kept: DDP, as the last to let go of one, waits for its threads for ever
 
 
 @contextmanager
@@ -30,10 +30,17 @@ def joined_processes():
         if missing:
             fail(f"WORLD_SIZE is set, but not {', '.join(missing)}: start with torchrun, or unset "
                  f"it")
-        dist.init_process_group("gloo", timeout=timedelta(days=1))  # while the first one reads
+        try:
+            dist.init_process_group("gloo", timeout=timedelta(hours=2))  # while the first one reads
+        except (ValueError, RuntimeError) as e:
+            fail(f"torchrun's variables do not work: {e}")
     try:
         with redirect_stdout(open(os.devnull, "w") if rank_and_world()[0] else sys.stdout):
             yield
+    except RuntimeError as e:
+        if "gloo" not in str(e):
+            raise
+        fail("another process has ended")  # it has said why
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -75,8 +82,10 @@ def in_parallel(module: torch.nn.Module, device: torch.device) -> torch.nn.Modul
     """A module whose gradients are the mean over all processes."""
     if not dist.is_initialized():
         return module
+    if device.type == "mps":
+        raise ValueError("several processes need --device cpu, or CUDA")
     group = dist.new_group(backend="nccl") if device.type == "cuda" else dist.group.WORLD
-    GROUPS.append(group)
+    PROCESS_GROUPS.append(group)
     return DistributedDataParallel(module, process_group=group)
 
 
@@ -94,7 +103,7 @@ def load(parts: list[Dataset], start: int, workers: int, device: torch.device) -
         return iter(loader)
 
 
-GROUP = {signal.SIGINT, signal.SIGTERM}  # what a terminal or a scheduler sends to a whole group
+GROUP_SIGNALS = {signal.SIGINT, signal.SIGTERM}  # what terminals and schedulers send to a group
 
 
 @contextmanager
@@ -103,7 +112,7 @@ def signals_blocked():
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, GROUP)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, GROUP_SIGNALS)
     try:
         yield
     finally:
@@ -115,11 +124,11 @@ def leave_group(worker: int = 0) -> None:
     if hasattr(os, "setpgid"):
         os.setpgid(0, 0)
         while True:
-            pending = signal.sigpending() & GROUP
+            pending = signal.sigpending() & GROUP_SIGNALS
             if not pending:
                 break
             signal.sigwait(pending)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, GROUP)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, GROUP_SIGNALS)
         served = multiprocessing.get_start_method() == "forkserver"  # which is the parent then
         if not served and os.getppid() != multiprocessing.parent_process().pid:
             sys.exit(1)  # it is dead: torch's own watch begins after this, and would not see it

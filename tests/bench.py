@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from data import shapes  # noqa: E402
 from data.llava import Records  # noqa: E402
 from draw import attention_maps  # noqa: E402
+from engine.checkpoint import Progress  # noqa: E402
 from engine.device import choose_device, keep_freed_memory  # noqa: E402
 from engine.flags import Parser  # noqa: E402
 from engine.optimizer import Muon  # noqa: E402
@@ -100,10 +101,11 @@ def bench_steps(args) -> None:
     size, pictures = args.batch_size, -(-args.batch_size // args.share)
     config = replace(PRESETS[args.preset], vocab_size=393)
     batch = random_batch(config, size, pictures, question=11, answer=4)  # about as in shapes
-    stages = [Stage("instruct", 1, None, None, mask, 2500, 0.001) for mask in MASKS]
+    stages = [Stage("instruct", 1, None, None, mask, 2500, 0.001, 500, 500) for mask in MASKS]
     times, rates, T = {mask: [] for mask in MASKS}, [], batch.tokens.shape[1]
     with TemporaryDirectory() as folder:
-        run = Run(Settings(out=folder), NanoAKI(config), stages, device)
+        run = Run(Settings(out=folder), NanoAKI(config).to(device), stages, device, Progress())
+        run.make_optimizers()
         for stage in stages:
             run.step(stage, (batch,), len(batch.learned))
         for _ in range(args.rounds):  # in turn, so that a slow moment hits all masks alike
