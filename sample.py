@@ -17,8 +17,8 @@ from data import shapes
 from data.llava import Examples, read_split
 from engine.device import autocast, choose_device
 from engine.evaluation import report
-from engine.folder import write_whole
 from engine.flags import Parser, flag, one_line, run_script
+from engine.folder import write_whole
 from nanoaki import MASKS, NanoAKI, open_picture
 
 

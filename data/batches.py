@@ -105,7 +105,7 @@ class Batches(Dataset):
 def make_batch(examples: Examples, indices: list[int], picture_order: str,
                augment_seed: list[int] | None = None) -> Batch:
     """The batch of some examples, each picture decoded once; raises ValueError on a broken one."""
-    some, number, shown = [examples.example(i, picture_order) for i in indices], {}, []
+    some, number, shown = examples.some(indices, picture_order), {}, []
     for example in some:
         for path in example.pictures:
             number.setdefault(path, len(number))
@@ -113,7 +113,7 @@ def make_batch(examples: Examples, indices: list[int], picture_order: str,
     images = [examples.picture(path) for path in number]
     if augment_seed is not None:  # a function of seed, step and picture, however a batch is split
         for n, path in enumerate(number):
-            name = zlib.crc32(path.relative_to(examples.records.folder).as_posix().encode())
+            name = zlib.crc32(path.relative_to(examples.records.path.parent).as_posix().encode())
             images[n] = augment(images[n], np.random.default_rng([*augment_seed, name]))
     if not images:  # one that is not shown: DDP waits for a gradient of every parameter
         size = examples.config.image_size

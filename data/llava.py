@@ -15,7 +15,7 @@ import sys
 import warnings
 from array import array
 from collections import Counter
-from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Iterable, Iterator, NamedTuple
@@ -66,15 +66,13 @@ def parse_record(item: Any, number: int) -> Record:
         pictures = [pictures]
     if not isinstance(pictures, list) or not all(isinstance(p, str) and p for p in pictures):
         raise ValueError('"image" must be a path, a list of paths, or absent')
-    for picture in pictures:
-        if Path(picture).is_absolute() or ".." in Path(picture).parts:
-            raise ValueError(f"{picture}: must be a path below the data folder")
-    place_pictures(turns, len(pictures))  # which knows how many <image> there may be
     return Record(str(item.get("id", number)), str(item.get("task") or ""), pictures, turns)
 
 
 def check_picture(folder: Path, picture: str) -> None:
     """Raise ValueError that names a picture and says what is wrong with it, without decoding it."""
+    if Path(picture).is_absolute() or ".." in Path(picture).parts:
+        raise ValueError(f"{picture}: must be a path below the data folder")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -150,7 +148,7 @@ class Replies(NamedTuple):
 
 
 def replies_of(record: Record) -> Iterator[tuple[int, int, int, int, int]]:
-    """turn, pictures, before, needed and answer of each reply; see Replies."""
+    """turn, pictures, before, needed and answer of each reply, as in Replies; raises ValueError."""
     pictures = before = system = last = 0
     placed = place_pictures(record.turns, len(record.pictures))
     for turn, ((speaker, text), (_, pieces)) in enumerate(zip(record.turns, placed)):
@@ -164,16 +162,15 @@ def replies_of(record: Record) -> Iterator[tuple[int, int, int, int, int]]:
         pictures += len(pieces) - 1
 
 
+@dataclass
 class Records:
     """Checked records of a file: which bytes they stand at, and which of them are meant."""
-
-    def __init__(self, path: Path, stamp: tuple[int, int], spans: Tensor, rows: Tensor,
-                 replies: Replies, skipped: int):
-        self.path, self.folder, self.stamp = path, path.parent, stamp
-        self.spans = spans      # int64 (records in the file, 2): first byte, and first behind it
-        self.rows = rows        # int64: numbers of the records that are meant
-        self.replies = replies  # of these
-        self.skipped = skipped  # bad ones
+    path: Path
+    stamp: tuple[int, int]  # size and time of the file
+    spans: Tensor           # int64 (records in the file, 2): first byte, and first behind it
+    rows: Tensor            # int64: numbers of the records that are meant
+    replies: Replies        # of these
+    skipped: int            # bad ones
 
     @classmethod
     def read(cls, folder, name: str, skip_bad: bool = False) -> "Records":
@@ -190,6 +187,7 @@ class Records:
                     bar.update(stop - bar.n)
                     try:
                         record = parse_record(item, number)
+                        found = list(replies_of(record))  # or too many <image>
                         for picture in record.pictures:
                             if picture not in checked:
                                 check_picture(path.parent, picture)
@@ -202,7 +200,7 @@ class Records:
                         group += 1
                     last = record.pictures
                     rows.append(number)
-                    for reply in replies_of(record):
+                    for reply in found:
                         replies.extend((number, *reply, group))
         except OSError as e:
             raise ValueError(f"{path}: {e.strerror}") from None
@@ -215,35 +213,26 @@ class Records:
         return cls(path, stamp, torch.frombuffer(spans, dtype=torch.int64).view(-1, 2),
                    torch.frombuffer(rows, dtype=torch.int64), Replies(*table.unbind(1)), len(bad))
 
-    @contextmanager
-    def opened(self):
-        """The file, if it still is the one that was read; else raises ValueError."""
+    def records(self, numbers: Iterable[int]) -> Iterator[Record]:
+        """The records of these numbers in the file; raises ValueError if it has changed."""
         try:
             with open(self.path, "rb") as file:
                 if stamp_of(os.fstat(file.fileno())) != self.stamp:
                     raise ValueError(f"{self.path}: changed since it was read: put it back as it "
                                      f"was, or begin anew")
-                yield file
+                for number in numbers:
+                    start, stop = self.spans[number].tolist()
+                    file.seek(start)
+                    yield parse_record(json.loads(file.read(stop - start)), number)
         except OSError as e:
             raise ValueError(f"{self.path}: {e.strerror}") from None
-
-    def records(self, numbers: Iterable[int]) -> Iterator[Record]:
-        """The records of these numbers in the file; raises ValueError if it has changed."""
-        with self.opened() as file:
-            for number in numbers:
-                start, stop = self.spans[number].tolist()
-                file.seek(start)
-                yield parse_record(json.loads(file.read(stop - start)), number)
-
-    def record(self, number: int) -> Record:
-        (record,) = self.records([number])
-        return record
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, i: int) -> Record:
-        return self.record(int(self.rows[i]))
+        (record,) = self.records([int(self.rows[i])])
+        return record
 
     def __iter__(self) -> Iterator[Record]:
         return self.records(self.rows.tolist())
@@ -253,10 +242,8 @@ class Records:
         rows = self.rows[torch.tensor(keep)]
         if not len(rows):
             raise ValueError(f"{self.path}: there are no records")
-        meant = torch.zeros(len(self.spans), dtype=torch.bool)
-        meant[rows] = True
-        replies = self.replies.where(meant[self.replies.record.long()])
-        return Records(self.path, self.stamp, self.spans, rows, replies, skipped)
+        replies = self.replies.where(torch.isin(self.replies.record, rows))
+        return replace(self, rows=rows, replies=replies, skipped=skipped)
 
     def split(self, share: float, seed: int) -> tuple["Records", "Records"]:
         """(rest, held out): about `share` of the records, and no picture on both sides."""
@@ -367,19 +354,23 @@ class Examples:
         return len(self.replies.turn)
 
     def __getitem__(self, i: int) -> Example:
-        return self.example(i, self.config.order)
+        (example,) = self.some([i], self.config.order)
+        return example
 
-    def example(self, i: int, order: str) -> Example:
-        """The example with its pictures in an order; see place_pictures."""
-        record = self.records.record(int(self.replies.record[i]))
-        turn, pictures = int(self.replies.turn[i]), int(self.replies.pictures[i])
-        before = place_pictures(record.turns, len(record.pictures), order)[:turn]
-        answer = record.turns[turn][1]
-        whole = build_sequence(self.tokenizer, self.config, before, answer)
-        start = whole[1].index(ANSWER)
-        return Example(record.id, record.task, "".join(before[-1][1]).strip(), answer,
-                       (whole[0][:start], whole[1][:start]), whole,
-                       [self.records.folder / path for path in record.pictures[:pictures]])
+    def some(self, indices: list[int], order: str) -> list[Example]:
+        """Examples with their pictures in an order (see place_pictures), read at once."""
+        r, folder, found = self.replies, self.records.path.parent, []
+        turns, pictures = r.turn[indices].tolist(), r.pictures[indices].tolist()
+        records = self.records.records(r.record[indices].tolist())
+        for record, turn, shown in zip(records, turns, pictures):
+            before = place_pictures(record.turns, len(record.pictures), order)[:turn]
+            answer = record.turns[turn][1]
+            whole = build_sequence(self.tokenizer, self.config, before, answer)
+            start = whole[1].index(ANSWER)
+            found.append(Example(record.id, record.task, "".join(before[-1][1]).strip(), answer,
+                                 (whole[0][:start], whole[1][:start]), whole,
+                                 [folder / path for path in record.pictures[:shown]]))
+        return found
 
     def picture(self, path: Path) -> Tensor:
         """uint8 (3, image_size, image_size); raises ValueError if the file is no picture."""
@@ -398,7 +389,8 @@ class Examples:
                 self[i]
             except ValueError as e:
                 number = int(r.record[i])
-                found[i] = f"record {number} (id {self.records.record(number).id!r}): {e}"
+                (record,) = self.records.records([number])
+                found[i] = f"record {number} (id {record.id!r}): {e}"
         return found
 
     @cached_property

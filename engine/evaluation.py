@@ -46,8 +46,8 @@ def ask_all(model: NanoAKI, examples: Examples, indices: list[int], mask: str | 
     if any(others.values()):
         blinds = answer_all(model, examples, indices, mask, others, **how)
     found = []
-    for i, answer, blinded in zip(indices, answers, blinds):
-        e = examples[i]
+    some = examples.some(indices, examples.config.order)
+    for e, answer, blinded in zip(some, answers, blinds):
         found.append(Answered(e.id, e.task, e.question, e.answer.strip(), answer, blinded))
     return found
 
@@ -66,7 +66,7 @@ def answer_all(model: NanoAKI, examples: Examples, indices: list[int], mask: str
               disable=not progress) as bar:
         for at in range(0, len(mine), batch_size):
             part = mine[at:at + batch_size]
-            some, shown = [examples[i] for i in part], []
+            some, shown = examples.some(part, examples.config.order), []
             for i, example in zip(part, some):
                 for path in pictures[i] if pictures else example.pictures:
                     shown.append(examples.picture(path))
@@ -89,7 +89,8 @@ def other_pictures(examples: Examples, indices: list[int]) -> dict[int, list[Pat
 
     Always the same: those that come next in the order of their paths.
     """
-    own = {i: tuple(examples[i].pictures) for i in indices}
+    some = examples.some(indices, examples.config.order)
+    own = {i: tuple(e.pictures) for i, e in zip(indices, some)}
     some = sorted(set(own.values()) - {()})
     place, found = {pictures: n for n, pictures in enumerate(some)}, {}
     for i, mine in own.items():

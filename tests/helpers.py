@@ -27,7 +27,7 @@ TINY = ["--image-size", "16", "--patch-size", "8", "--n-embd", "32", "--n-head",
 
 
 def make_tiny(folder: Path, n: int = 240, shuffled: bool = False) -> Path:
-    """Two-coloured pictures; "what color is left?" and "... right?". Shuffled: with wrong pictures."""
+    """Two-coloured pictures; "what color is left?" and "... right?". Shuffled: wrong pictures."""
     rng = random.Random(0)
     (folder / "images").mkdir(parents=True)
     captions = []
@@ -46,7 +46,8 @@ def make_tiny(folder: Path, n: int = 240, shuffled: bool = False) -> Path:
                                     {"from": "gpt", "value": color}]})
             if split == "train":
                 captions.append({"id": f"c{i}", "image": shown, "conversations": [
-                    {"from": "human", "value": "<image>"}, {"from": "gpt", "value": " ".join(two)}]})
+                    {"from": "human", "value": "<image>"},
+                    {"from": "gpt", "value": " ".join(two)}]})
         (folder / f"{split}.json").write_text(json.dumps(records))
     (folder / "captions.json").write_text(json.dumps(captions))
     return folder
@@ -140,7 +141,7 @@ def held(folder: Path):
 
 
 def kill_and_resume(data: Path, folder: Path, kills: int) -> None:
-    """Kill runs at random moments and go on with them; each has to end as one that was never killed.
+    """Kill runs at random moments and go on with them: each has to end as one that was not killed.
 
     A checkpoint is written after every step, so kills fall into its writing as well.
     """

@@ -694,7 +694,7 @@ def same_batch(a, b):
 
 def check_batch(batch, examples, indices, picture_order):
     """All of a batch, worked out from its examples one by one."""
-    some = [examples.example(i, picture_order) for i in indices]
+    some = examples.some(indices, picture_order)
     T = max(len(e.whole[0]) for e in some)
     visual, learned, shown = [], [], []
     for row, e in enumerate(some):

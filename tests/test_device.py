@@ -1,4 +1,6 @@
 """Ready for a GPU, as far as a CPU can show it: a step waits for no value, precision is chosen."""
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import (DataDependentOutputException,
@@ -177,7 +179,7 @@ def test_a_batch_is_copied_without_waiting_on_cuda_alone(stages, monkeypatch, ki
 
     batch = Batches(examples, Order(examples.lengths, examples.replies.group, 4, 1, [0]))[0]
     monkeypatch.setattr(torch.Tensor, "to", to)
-    monkeypatch.setattr(engine.device, "autocast", lambda *how: torch.autocast("cpu", enabled=False))
+    monkeypatch.setattr(engine.device, "autocast", lambda *how: nullcontext())
     objective = engine.device.Objective(Loss(), torch.device(kind), "auto")
     moved, mask = objective(batch, "mma")
     assert mask == "mma" and moved.ids == batch.ids and seen == [(kind, not waits)] * 7
@@ -190,7 +192,8 @@ def test_memory_is_pinned_and_workers_are_chosen_by_the_runs_device(monkeypatch,
     """Not by what the machine has: here, as it seems, a GPU."""
     asked = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(engine.processes, "DataLoader", lambda parts, **how: asked.append(how) or [])
+    monkeypatch.setattr(engine.processes, "DataLoader",
+                        lambda parts, **how: asked.append(how) or [])
     for chosen in (-1, 0, 3):
         engine.processes.load([[0] * 4], 0, chosen, torch.device(kind))
     assert [how["num_workers"] for how in asked] == [workers, 0, 3]

@@ -18,7 +18,7 @@ from data.llava import Examples, Records
 from engine.checkpoint import Progress
 from engine.processes import (StopSignal, first_does, in_parallel, joined_processes,
                               rank_and_world, total)
-from helpers import ROOT, TINY, make_tiny, metrics, refused, started
+from helpers import ROOT, TINY, held, make_tiny, metrics, refused, started
 from nanoaki import Config, NanoAKI, Tokenizer
 
 
@@ -201,6 +201,8 @@ def test_processes_talk_on_the_cpu_and_only_gradients_on_the_device(tmp_path, mo
     with joined_processes():
         assert in_parallel(module, torch.device("cuda")) == "nccl"
         assert in_parallel(module, torch.device("cpu")) is dist.group.WORLD
+        with pytest.raises(ValueError, match="several processes need --device cpu, or CUDA"):
+            in_parallel(module, torch.device("mps"))
     assert in_parallel(module, torch.device("cuda")) is module
 
 
@@ -240,6 +242,34 @@ def test_a_bad_flag_ends_all_processes_with_its_reason(tmp_path, argv, words):
     assert (first, second) == (2, 2) and "Traceback" not in said
     assert said.count(words) == 1 and silent == ""
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name, value", [("RANK", "one"), ("MASTER_PORT", "none"),
+                                         ("WORLD_SIZE", "many")])
+def test_torchruns_variables_that_do_not_work_are_one_line(tmp_path, capsys, monkeypatch, alone,
+                                                          name, value):
+    monkeypatch.setenv(name, value)
+    error = refused(capsys, train.main, "--data", tmp_path, "--out", tmp_path / "out")
+    assert "torchrun's variables do not work" in error and value in error
+    assert not dist.is_initialized()
+
+
+def test_a_folder_in_use_ends_all_processes_each_in_a_line(tmp_path):
+    data, out = make_tiny(tmp_path / "data", n=12), tmp_path / "out"
+    out.mkdir()
+    argv = ["--data", str(data), *TINY, "--steps", "2", "--align-steps", "0", "--out", str(out)]
+    with held(out):
+        (first, said), (second, other) = in_processes(tmp_path, 2, train.main, argv)
+    assert (first, second) == (2, 2) and "Traceback" not in said + other
+    assert said.count("another process is at work there") == 1
+    assert other.count("\n") == 1 and "another process has ended" in other
+
+
+def test_an_error_that_is_no_process_is_raised_as_it_is(alone):
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        with joined_processes():
+            raise RuntimeError("shapes do not fit")
+    assert not dist.is_initialized()
 
 
 def do_once(out: Path, fails: bool) -> None:

@@ -10,15 +10,15 @@ import torch
 
 import sample
 import train
-from data.llava import Examples, Records
+from data.llava import Examples, Records, read_splits
 from engine.device import Objective
 from engine.evaluation import answer_all, ask_all, held_out_loss, other_pictures
 from engine.optimizer import Muon, make_optimizers, schedule
 from engine.scores import Answered, scores, table, yes_no
 from helpers import TINY, make_tiny, metrics, refused, same, weights
-from nanoaki import IMAGE, NanoAKI
+from nanoaki import IMAGE, MASKS, NanoAKI
 
-STEPS = ["--align-steps", "150", "--steps", "300", "--eval-every", "100", "--lr", "0.01"]
+STEPS = ["--align-steps", "120", "--steps", "240", "--eval-every", "80", "--lr", "0.01"]
 SHORT = ["--align-steps", "8", "--steps", "16", "--eval-every", "6", "--dropout", "0.1"]
 
 
@@ -62,7 +62,7 @@ def test_a_run_leaves_all_its_files_and_a_line_per_evaluation(trained):
                                                    "samples.png", "config.json"}
     lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
     assert [(m["stage"], m["step"]) for m in lines] == [
-        ("align", 150), ("instruct", 100), ("instruct", 200), ("instruct", 300), ("test", 300)]
+        ("align", 120), ("instruct", 80), ("instruct", 160), ("instruct", 240), ("test", 240)]
     for line in lines[1:-1]:
         assert {"train_loss", "val_loss", "accuracy", "blind", "samples_per_second",
                 "seconds"} <= set(line)
@@ -329,7 +329,7 @@ def test_sample_refuses_bad_input_in_one_line(capsys, trained, tiny, argv, words
 
 
 def test_sample_asks_a_whole_split_as_train_did_at_its_end_and_leaves_a_line_per_question(
-        capsys, trained, tiny, tmp_path):
+        capsys, trained, tiny, tmp_path, monkeypatch):
     def ask(name, *argv):
         sample.main(["--model", str(trained / "model.pt"), "--data", str(tiny), "--out",
                      str(tmp_path / name), *argv])
@@ -337,7 +337,7 @@ def test_sample_asks_a_whole_split_as_train_did_at_its_end_and_leaves_a_line_per
         return [Answered(**json.loads(line)) for line in lines], capsys.readouterr()
 
     found, said = ask("test")
-    assert {"stage": "test", "step": 300, **scores(found)} == metrics(trained)[-1]
+    assert {"stage": "test", "step": 240, **scores(found)} == metrics(trained)[-1]
     assert "\ntest split, exact match of generated answers:\n" + table(found) in said.out
     assert "0/80" in said.err  # a progress bar
     records = json.loads((tiny / "test.json").read_text())
@@ -346,15 +346,36 @@ def test_sample_asks_a_whole_split_as_train_did_at_its_end_and_leaves_a_line_per
     assert all(a.answer and a.blind for a in found)
     val, _ = ask("val", "--split", "val")
     assert val[0].id == "val-0-left" and len(val) == 80
+    monkeypatch.setitem(MASKS, "prefix", lambda q, k: q.place == k.place)  # none sees a picture
     masked, _ = ask("masked", "--mask", "prefix")
     assert [a[:4] for a in masked] == [a[:4] for a in found]
-    assert scores(masked)["accuracy"] != scores(found)["accuracy"]
+    assert scores(masked)["accuracy"]["all"] < 0.5
     own, _ = ask("own", "--mask", "mma")
     assert own == found  # the control: the mask that it was trained with
     before = (tmp_path / "test").read_bytes()
     assert "exists already" in refused(capsys, sample.main, "--model", trained / "model.pt",
                                        "--data", tiny, "--out", tmp_path / "test")
     assert (tmp_path / "test").read_bytes() == before
+
+
+def test_sample_holds_out_what_train_does_where_there_is_no_val_json(capsys, trained, tmp_path):
+    data = make_tiny(tmp_path / "data", n=40)
+    (data / "val.json").unlink()
+    records = json.loads((data / "train.json").read_text())
+    records[3]["conversations"][1]["value"] = " "
+    (data / "train.json").write_text(json.dumps(records))
+    ids = {}
+    for split in ("train", "val"):
+        command = ["--model", str(trained / "model.pt"), "--data", str(data), "--split", split]
+        with pytest.raises(SystemExit):
+            sample.main(command)
+        assert "1 of 80 are bad" in capsys.readouterr().err
+        sample.main([*command, "--skip-bad", "--out", str(tmp_path / split)])
+        lines = (tmp_path / split).read_text().splitlines()
+        ids[split] = [json.loads(line)["id"] for line in lines]
+    parts = read_splits(data, skip_bad=True)
+    assert ids == {split: [record.id for record in parts[split]] for split in ids}
+    assert len(ids["val"]) == 4 and len(ids["train"] + ids["val"]) == 79
 
 
 def test_answers_without_pictures_are_not_asked_blind(tmp_path, asked):
