@@ -4,7 +4,7 @@ Another dataset: 96 x 96 mosaics of scanned handwritten digits, questions in sev
     pip install scikit-learn                        # it holds the scans: 1,797 of 8 x 8 pixels
     python data/digits.py                           # data/digits-seed0
     python data/digits.py --seed 1 --scenes 2000    # a smaller one, other mosaics and another split
-    python train.py --data data/digits-seed0 --merge 2 --align-steps 300 --steps 4000
+    python train.py --data data/digits-seed0 --merge 2 --batch-size 64 --align-steps 300 --steps 7000
 
 It writes the one format that data/README.md describes. The scans are split before any mosaic is
 made: val and test show scans that training never saw. A mosaic depends on the seed, its split and

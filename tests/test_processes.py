@@ -265,6 +265,30 @@ def test_a_folder_in_use_ends_all_processes_each_in_a_line(tmp_path):
     assert other.count("\n") == 1 and "another process has ended" in other
 
 
+def train_and_diverge(argv) -> None:
+    """train.py, where what the second process learns from is no number in its step 2."""
+    step = train.Run.step
+
+    def diverges(self, stage, parts, targets):
+        if self.rank == 1 and self.progress.step == 2:
+            self.model.decoder.norm.weight.data[0] = float("nan")
+        return step(self, stage, parts, targets)
+
+    train.Run.step = diverges
+    train.main(argv)
+
+
+def test_a_loss_that_is_no_number_in_one_process_ends_all_before_the_step(tmp_path):
+    data, out = make_tiny(tmp_path / "data", n=12), tmp_path / "out"
+    argv = ["--data", str(data), *TINY, "--steps", "9", "--align-steps", "0", "--save-every", "0",
+            "--out", str(out)]
+    (first, said), (second, silent) = in_processes(tmp_path, 2, train_and_diverge, argv)
+    assert (first, second) == (2, 2) and "Traceback" not in said + silent
+    assert said.count("instruct step 2: loss nan") == 1 and silent == ""
+    state = torch.load(out / "last.pt", weights_only=True)
+    assert state["step"] == 2 and all(w.isfinite().all() for w in state["model"].values())
+
+
 def test_an_error_that_is_no_process_is_raised_as_it_is(alone):
     with pytest.raises(RuntimeError, match="shapes do not fit"):
         with joined_processes():
