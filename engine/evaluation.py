@@ -89,8 +89,8 @@ def other_pictures(examples: Examples, indices: list[int]) -> dict[int, list[Pat
 
     Always the same: those that come next in the order of their paths.
     """
-    some = examples.some(indices, examples.config.order)
-    own = {i: tuple(e.pictures) for i, e in zip(indices, some)}
+    shown = examples.some(indices, examples.config.order)
+    own = {i: tuple(e.pictures) for i, e in zip(indices, shown)}
     some = sorted(set(own.values()) - {()})
     place, found = {pictures: n for n, pictures in enumerate(some)}, {}
     for i, mine in own.items():

@@ -464,9 +464,11 @@ def test_blind_pictures_are_always_of_another_record(asked):
 
 def test_of_several_pictures_none_is_shown_blind_to_a_record_that_has_it():
     own = [["0a", "0b"], ["1a", "1b"], ["0b", "2a", "2b"], [], ["0a", "0b"]]
-    other = other_pictures([SimpleNamespace(pictures=p) for p in own], [0, 1, 2, 3, 4])
+    examples = SimpleNamespace(config=SimpleNamespace(order="data"), some=lambda indices, order: [
+        SimpleNamespace(pictures=own[i]) for i in indices])
+    other = other_pictures(examples, [0, 1, 2, 3, 4])
     assert all(len(other[i]) == len(own[i]) and not set(other[i]) & set(own[i]) for i in range(5))
-    assert other_pictures([SimpleNamespace(pictures=p) for p in own[::4]], [0, 1]) == {}
+    assert other_pictures(examples, [0, 4]) == {}
 
 
 def test_stopping_after_the_longest_right_answer_changes_no_score(asked, monkeypatch):
