@@ -17,6 +17,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter, defaultdict
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import NamedTuple
@@ -626,10 +627,8 @@ def open_picture(path) -> Image.Image:
 
 def fit_picture(image: Image.Image, size: int) -> Tensor:
     """A PIL image of any mode as uint8 (3, size, size): upright, on white, letterboxed on grey."""
-    try:
+    with suppress(Exception):  # broken metadata around good pixels
         image = ImageOps.exif_transpose(image)
-    except Exception:  # broken metadata around good pixels
-        pass
     if image.mode.startswith("I"):  # 16 bits a pixel: Pillow's own conversion would clip them
         image = image.convert("I").point(lambda value: value / 257).convert("L")
     if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:

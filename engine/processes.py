@@ -28,8 +28,7 @@ def joined_processes():
         wanted = ("RANK", "MASTER_ADDR", "MASTER_PORT")
         missing = [name for name in wanted if name not in os.environ]
         if missing:
-            fail(f"WORLD_SIZE is set, but not {', '.join(missing)}: start with torchrun, or unset "
-                 f"it")
+            fail(f"WORLD_SIZE is set, but not {', '.join(missing)}: start with torchrun")
         try:
             dist.init_process_group("gloo", timeout=timedelta(hours=2))  # while the first one reads
         except (ValueError, RuntimeError) as e:
