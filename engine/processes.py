@@ -89,10 +89,7 @@ def in_parallel(module: torch.nn.Module, device: torch.device) -> torch.nn.Modul
 
 
 def load(parts: list[Dataset], start: int, workers: int, device: torch.device) -> Iterator[tuple]:
-    """For each step from start on, what it has of each of some datasets over steps.
-
-    Of workers, -1 is one, on a GPU, which waits less, four.
-    """
+    """For each step from start on, what each dataset has; -1 workers are one, on a GPU four."""
     if workers < 0:
         workers = 4 if device.type == "cuda" else 1
     loader = DataLoader(StackDataset(*parts), batch_size=None, sampler=range(start, len(parts[0])),
