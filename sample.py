@@ -104,8 +104,8 @@ def check(args) -> None:
     for name in ("image", "ask", "max_new_tokens", "temperature", "top_k", "seed"):
         if args.data and getattr(args, name) is not None:
             raise ValueError(f"{flag(name)} does not go with --data: a split is asked greedily")
-    for name in ("split", "out"):
-        if not args.data and getattr(args, name) is not None:
+    for name in ("split", "out", "skip_bad"):
+        if not args.data and getattr(args, name):
             raise ValueError(f"{flag(name)} needs --data")
     if args.out and Path(args.out).exists():
         raise ValueError(f"{args.out} exists already: remove it, or name another with --out")

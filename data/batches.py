@@ -67,12 +67,13 @@ class Order:
 
     def shuffled(self, rng: np.random.Generator) -> np.ndarray:
         """Every example once, up to `share` of a group in a row."""
-        groups, runs = self.groups.numpy(), []
+        groups = self.groups.numpy()
         order = rng.permutation(len(groups))
         order = order[np.argsort(groups[order], kind="stable")]
-        for group in np.split(order, np.flatnonzero(np.diff(groups[order])) + 1):
-            runs += [group[at:at + self.share] for at in range(0, len(group), self.share)]
-        return np.concatenate([runs[n] for n in rng.permutation(len(runs))])
+        start = np.searchsorted(groups[order], groups[order])  # of each one's group, in order
+        run = np.cumsum((np.arange(len(order)) - start) % self.share == 0) - 1
+        place = np.argsort(rng.permutation(run[-1] + 1))       # of each run of up to `share`
+        return order[np.argsort(place[run], kind="stable")]    # arrays alone: a list is 20 times it
 
 
 class Batches(Dataset):
