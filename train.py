@@ -231,6 +231,7 @@ class Run:
             orders = ("image", "text")
         order = Order(stage.examples.lengths, stage.examples.replies.group, s.batch_size,
                       stage.steps, [s.seed, stage.number], s.share)
+        order.prepare(self.progress.step)  # for all workers, which are begun below
         augment_seed = [s.seed, stage.number] if s.augment else None
         parts = [Batches(stage.examples, order, self.rank * accum + n, self.world * accum, orders,
                          augment_seed) for n in range(accum)]

@@ -41,11 +41,14 @@ class Order:
     def __getitem__(self, step: int) -> np.ndarray:
         if not 0 <= step < self.steps:
             raise IndexError(f"step {step} of {self.steps}")
-        per_epoch = max(1, len(self.groups) // self.batch_size)
-        if step // per_epoch != self.epoch:
-            self.epoch = step // per_epoch
-            self.batches = self.batches_of(self.epoch)
-        return self.batches[step % per_epoch]
+        self.prepare(step)
+        return self.batches[step % len(self.batches)]
+
+    def prepare(self, step: int) -> None:
+        """Make the epoch of a step, if it is not at hand: what is forked later shares it."""
+        epoch = step // max(1, len(self.groups) // self.batch_size)
+        if epoch != self.epoch:
+            self.epoch, self.batches = epoch, self.batches_of(epoch)
 
     def batches_of(self, epoch: int) -> np.ndarray:
         """All batches of an epoch, (batches, batch_size)."""
