@@ -5,7 +5,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from engine.pictures import GAP, chart, frame, join, legend, text
+from engine.charts import chart
+from engine.pictures import GAP, frame, join, legend, text
 
 BASES = ("causal", "mma")  # the entries that differences are shown to
 GROUPS = {"perception": ["at", "attr"], "existence": ["exist"],  # as the paper's MME, POPE,

@@ -17,7 +17,7 @@ import compare
 import engine.results
 import nanoaki
 import train
-from engine.pictures import chart
+from engine.charts import chart
 from engine.results import Result, interval, learning_curve, steps_to_80, table, table_by_task
 from helpers import TINY, held, make_tiny, metrics, refused, same, started, wait_for, weights
 from nanoaki import NanoAKI, save_file
