@@ -14,6 +14,7 @@ generation. Part two is what stands around it: config, tokenizer, sequence, pict
 """
 from __future__ import annotations
 
+import codecs
 import os
 import re
 from collections import Counter, defaultdict
@@ -22,10 +23,11 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
 from torch import Tensor
 
 # Part one: the model
@@ -224,7 +226,8 @@ class Batch(NamedTuple):
     visual: Tensor   # int64: flat indices of the visual tokens
     learned: Tensor  # int64: flat indices of what has a target, never the first of a row
     ids: list[str]   # of the records, one per row
-    problem: str     # what was wrong with a record or a picture; "" if nothing
+    problem: str     # what was wrong with the file of records or a picture; "" if nothing
+    left_out: list[str] = []  # examples that have no row, and what is wrong with their pictures
 
 
 class Model(nn.Module):
@@ -261,7 +264,8 @@ class Model(nn.Module):
         x = self.decoder(x, make_mask(mask or self.config.mask, batch.roles)[:, None])
         x = x.flatten(0, 1)[batch.learned - 1]                          # t - 1 predicts t
         targets = batch.targets.flatten()[batch.learned]
-        return F.cross_entropy(self.decoder.head(x).float(), targets)
+        loss = F.cross_entropy(self.decoder.head(x).float(), targets, reduction="sum")
+        return loss / max(1, len(targets))                              # of nothing it is 0
 
     def forward(self, images: Tensor | None, tokens: Tensor, roles: Tensor,
                 targets: Tensor | None = None, mask: str | None = None):
@@ -531,9 +535,12 @@ class Tokenizer:
         return ids
 
     def decode(self, ids) -> str:
-        """Text of ids: special tokens have none, and what is not UTF-8 becomes U+FFFD."""
+        """Text of ids: special tokens have none, nor has a character that is cut off at the end.
+
+        What is not UTF-8 becomes U+FFFD.
+        """
         text = b"".join(self.bytes[i] for i in ids if i < len(self))
-        return text.decode("utf-8", errors="replace")
+        return codecs.getincrementaldecoder("utf-8")("replace").decode(text)
 
 
 def place_pictures(turns: list[tuple[str, str]], pictures: int,
@@ -544,7 +551,7 @@ def place_pictures(turns: list[tuple[str, str]], pictures: int,
     <image> as there are pictures, they stand where they are written; where it has none, all stand
     before the first turn. Under order "image" those at an edge of a human turn's text, or not
     written, come before it, under "text" after it. Line breaks around human text and around its
-    pictures are dropped. Raises ValueError on any other count of <image>.
+    pictures are dropped; \\r\\n is \\n. Raises ValueError on any other count of <image>.
     """
     written = sum(text.count("<image>") for speaker, text in turns if speaker == "human")
     if written not in (0, pictures):
@@ -552,6 +559,7 @@ def place_pictures(turns: list[tuple[str, str]], pictures: int,
                          f"write one for each, or none")
     placed, unwritten = [], [""] * (pictures - written)
     for speaker, text in turns:
+        text = text.replace("\r\n", "\n")
         pieces = [text]
         if speaker == "human":
             pieces = [piece.strip("\n") for piece in text.split("<image>")]
@@ -598,7 +606,7 @@ def build_sequence(tokenizer: Tokenizer, config: Config, turns: list[tuple[str, 
     if len(prompt) > room:
         raise ValueError(f"{len(prompt)} tokens of pictures and text and "
                          f"{config.block_size - room} of an answer are more than the model's "
-                         f"{config.block_size} positions")
+                         f"{config.block_size} positions (train.py --block-size)")
     roles = [IMAGE if token == tokenizer.image else PROMPT for token in prompt]
     return prompt + generated, roles + [ANSWER] * len(generated)
 
@@ -611,26 +619,51 @@ def pad_batch(sequences: list[tuple[list[int], list[int]]]) -> tuple[Tensor, Ten
     return tokens, roles, torch.where(roles == ANSWER, tokens, -100)
 
 
-PICTURE = (Image.Image, str, Path)  # what is one, where there may be several
+PngImagePlugin.MAX_TEXT_CHUNK = 1 << 26  # 1 MiB would refuse good pictures with long metadata
 
 
-def open_picture(path) -> Image.Image:
-    """The picture in a file, decoded; raises ValueError, naming the file, if there is none."""
+def open_fitted(path, size: int) -> Tensor:
+    """fit_picture of a file, decoded at about the size that is needed; errors name it."""
     try:
         with Image.open(path) as image:
-            image.load()
-            return image
+            deep = ";16" in str(image.tile)
+            image.draft(None, (2 * size, 2 * size))  # a JPEG's decoder can skip what is finer
+            fitted = fit_picture(image, size)
+            tops = [top for _, top in image.getextrema()[:3]] if image.mode[:3] == "RGB" else []
     except Exception as e:  # Pillow raises whatever the bytes make it raise
         reason = getattr(e, "strerror", None) or f"not a picture that Pillow can read ({e})"
         raise ValueError(f"{path}: {reason}") from e
+    if deep and tops and max(tops) < 16:
+        raise ValueError(f"{path}: 16 bits a colour hold 12 or fewer, and Pillow reads the upper "
+                         f"8: save it with 8")
+    return fitted
 
 
-def fit_picture(image: Image.Image, size: int) -> Tensor:
-    """A PIL image of any mode as uint8 (3, size, size): upright, on white, letterboxed on grey."""
+def fit_picture(picture, size: int) -> Tensor:
+    """A picture as uint8 (3, size, size): upright, on white, letterboxed on grey, never cropped.
+
+    It is a path, a PIL image of any mode and depth, or a uint8 array (H, W, 3). What is deeper than
+    eight bits is read in the smallest usual range that holds it, 0 to 1 for floats, 0 to 255, 4,095
+    or 65,535, else from its least to its greatest value. An animated picture is its first frame.
+    Raises ValueError if it is something else, empty, or has values that are not finite.
+    """
+    if isinstance(picture, (str, Path)):
+        return open_fitted(picture, size)
+    image, found = picture, type(picture).__name__
+    if isinstance(picture, np.ndarray):
+        found = f"an array {picture.dtype} {picture.shape}"
+        if picture.dtype == np.uint8 and picture.ndim == 3 and picture.shape[2] == 3:
+            image = Image.fromarray(picture)
+    if not isinstance(image, Image.Image):
+        raise ValueError(f"a picture must be a path, a PIL image or a uint8 array (H, W, 3), not "
+                         f"{found}")
+    if 0 in image.size:
+        raise ValueError(f"a picture of {image.width} x {image.height} pixels is empty")
+    image.load()  # here, since what is broken must not be hidden below
     with suppress(Exception):  # broken metadata around good pixels
         image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16 bits a pixel: Pillow's own conversion would clip them
-        image = image.convert("I").point(lambda value: value / 257).convert("L")
+    if image.mode[0] in "IF":
+        image = to_eight_bits(image)
     if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -642,8 +675,21 @@ def fit_picture(image: Image.Image, size: int) -> Tensor:
         square.paste(image.resize(sides, Image.Resampling.BICUBIC),
                      [(size - side) // 2 for side in sides])
         image = square
-    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-    return pixels.view(size, size, 3).permute(2, 0, 1).contiguous()
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+def to_eight_bits(image: Image.Image) -> Image.Image:
+    """Deep greys (modes I and F) in eight bits, in the range that fit_picture's docstring tells."""
+    values = np.asarray(image, np.float64)
+    low, high = values.min(), values.max()
+    if not np.isfinite([low, high]).all():
+        raise ValueError("it has values that are not finite numbers")
+    usual = [1, 255, 4095, 65535] if image.mode[0] == "F" else [255, 4095, 65535]
+    fitting = [top for top in usual if 0 <= low and high <= top]
+    if fitting:
+        low, high = 0, fitting[0]
+    share = (values - low) / max(high - low, 1e-30)
+    return Image.fromarray((255 * share).round().astype(np.uint8))
 
 
 class NanoAKI(Model):
@@ -659,32 +705,32 @@ class NanoAKI(Model):
         super().__init__(config)
         self.tokenizer = tokenizer
 
-    def prompt(self, images: list, questions: list[str], history=(), system: str = ""):
+    def prompt(self, images: list, questions: list[str], history=(),
+               system: str | None = None):
         """images, tokens, roles of questions, each with its picture, list of them, or None."""
         if self.tokenizer is None:
             raise ValueError("this model has no tokenizer: NanoAKI(config, tokenizer)")
         if len(images) != len(questions):
             raise ValueError(f"{len(images)} pictures (or lists) for {len(questions)} questions")
-        before = [("system", system)] if system else []
+        before = [] if system is None else [("system", system)]
         for question, answer in history:
             before += [("human", question), ("gpt", answer)]
         rows, squares = [], []
         for pictures, question in zip(images, questions):
-            if isinstance(pictures, PICTURE):
+            if pictures is None:
+                pictures = []
+            elif not isinstance(pictures, (list, tuple)):
                 pictures = [pictures]
-            pictures = [] if pictures is None else pictures
             turns = before + [("human", question)]
             placed = place_pictures(turns, len(pictures), self.config.order)
             rows.append(build_sequence(self.tokenizer, self.config, placed))
-            for image in pictures:
-                image = image if isinstance(image, Image.Image) else open_picture(image)
-                squares.append(fit_picture(image, self.config.image_size))
+            squares += [fit_picture(picture, self.config.image_size) for picture in pictures]
         tokens, roles, _ = (t.to(self.decoder.token.weight.device) for t in pad_batch(rows))
         return torch.stack(squares).to(tokens.device) if squares else None, tokens, roles
 
     def ask(self, images, questions: str | list[str], max_new_tokens: int | None = None,
-            history=(), system: str = "", **sampling) -> str | list[str]:
-        """The answer to a question about a picture (PIL or path), a list of them, or None.
+            history=(), system: str | None = None, **sampling) -> str | list[str]:
+        """The answer to a question about a picture (see fit_picture), a list of them, or None.
 
         With a list of questions, a list of answers: images then is a list of as many of those, or
         one picture for all. history, (question, answer) pairs, and system text come before each
@@ -693,7 +739,7 @@ class NanoAKI(Model):
         """
         one = isinstance(questions, str)
         questions = [questions] if one else questions
-        if one or images is None or isinstance(images, PICTURE):
+        if one or not isinstance(images, (list, tuple)):
             images = [images] * len(questions)
         if not questions:
             return []

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import random
 import time
+import zlib
 from contextlib import contextmanager
 from pathlib import Path
 from unittest import mock
@@ -75,6 +76,16 @@ def refused(capsys, main, *argv) -> str:
     error = capsys.readouterr().err
     assert e.value.code == 2 and error.count("\n") == 1, error
     return error
+
+
+def spoil(path: Path) -> None:
+    """Make a PNG undecodable, in a way that only decoding it shows."""
+    data = path.read_bytes()
+    start = data.index(b"IDAT")
+    size = int.from_bytes(data[start - 4:start], "big")
+    body = b"IDAT" + bytes(size)
+    path.write_bytes(data[:start] + body + zlib.crc32(body).to_bytes(4, "big")
+                     + data[start + 4 + size + 4:])
 
 
 # Processes ---------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Config, model, loss, generation, ask, checkpoints, pictures made square, and the file itself."""
+"""Config, model, loss, generation, ask, checkpoints, and the file itself."""
 import io
 import os
 import random
@@ -17,7 +17,7 @@ import nanoaki
 from conftest import (VISUAL, alone, fill, make_batch, padded, random_roles, tiny_config,
                       tiny_model)
 from nanoaki import (ANSWER, IMAGE, PAD, PRESETS, PROMPT, Block, NanoAKI, Projector,
-                     Tokenizer, build_sequence, fit_picture, make_mask, open_picture, pad_batch,
+                     Tokenizer, build_sequence, fit_picture, make_mask, pad_batch,
                      place_pictures)
 
 
@@ -549,10 +549,31 @@ def test_ask_refuses_a_path_without_a_picture_by_its_name(speaker, tmp_path):
     Image.effect_noise((64, 64), 50).save(cut)
     cut.write_bytes(cut.read_bytes()[:-1000])
     for path in (tmp_path / "missing.png", tmp_path, text_file, cut):
-        for call in (open_picture, lambda path: speaker.ask(str(path), "what?")):
+        for call in (lambda path: fit_picture(path, 8), lambda path: speaker.ask(str(path), "what?")):
             with pytest.raises(ValueError) as e:
                 call(path)
             assert str(e.value).startswith(f"{path}: ") and "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("wrong, words", [
+    (np.zeros((8, 8), np.uint8), "array uint8 (8, 8)"),
+    (np.zeros((8, 8, 3), np.float32), "array float32 (8, 8, 3)"),
+    (np.zeros((2, 8, 8, 3), np.uint8), "(2, 8, 8, 3)"), (np.zeros((0, 8, 3), np.uint8), "empty"),
+    (torch.zeros(3, 8, 8, dtype=torch.uint8), "Tensor"), (7, "int"), (b"png", "bytes"),
+    ({"path": "a.png"}, "dict"), (Image.new("RGB", (0, 4)), "empty")])
+def test_what_is_no_picture_is_refused_in_one_line_and_an_array_is_one(speaker, wrong, words):
+    for call in (lambda p: fit_picture(p, 8), lambda p: speaker.ask(p, "what?"),
+                 lambda p: speaker.ask([[p]], ["what?"])):
+        with pytest.raises(ValueError) as e:
+            call(wrong)
+        assert words in str(e.value) and "\n" not in str(e.value)
+    square = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    image = Image.fromarray(square)
+    for question in ("what?", ["what?", "is it?"]):
+        assert speaker.ask(square, question) == speaker.ask(image, question)
+    assert speaker.ask([square, [square, image]], ["what?"] * 2) == speaker.ask(
+        [image, [image, square]], ["what?"] * 2)
+    assert speaker.ask(square, "what?") != speaker.ask(255 - square, "what?")
 
 
 HISTORY = [("what color is <image>?", "red"), ("and?", "<image>")]
@@ -704,131 +725,6 @@ def test_save_writes_whole_or_not_at_all(saved, monkeypatch, stop):
         model.decoder.token.weight += 1
     model.save(path)  # the control: without the failure the file is another, and alone
     assert path.read_bytes() != before and [p.name for p in path.parent.iterdir()] == ["model.pt"]
-
-
-def pixels(image, size=8):
-    tensor = fit_picture(image, size)
-    assert tensor.shape == (3, size, size) and tensor.dtype == torch.uint8
-    return tensor.permute(1, 2, 0).numpy()  # (size, size, 3)
-
-
-def through_file(image, kind="PNG", **options):
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return Image.open(io.BytesIO(file.getvalue()))
-
-
-@pytest.fixture
-def square():
-    return np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
-
-
-def test_a_picture_of_the_right_size_is_unchanged_pixel_for_pixel(square):
-    assert (pixels(Image.fromarray(square)) == square).all()
-    assert (pixels(through_file(Image.fromarray(square))) == square).all()
-
-
-UPRIGHT = {1: lambda s: s, 2: np.fliplr, 3: lambda s: np.rot90(s, 2), 4: np.flipud,
-           5: lambda s: s.swapaxes(0, 1), 6: lambda s: np.rot90(s, -1),
-           7: lambda s: np.rot90(s.swapaxes(0, 1), 2), 8: np.rot90}
-
-
-@pytest.mark.parametrize("orientation", UPRIGHT)
-def test_exif_orientation_is_followed(square, orientation):
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    image = through_file(Image.fromarray(square), exif=exif)
-    assert (pixels(image) == UPRIGHT[orientation](square)).all()
-    assert (pixels(image) == square).all() == (orientation == 1)
-
-
-def test_exif_rotation_comes_before_the_letterbox():
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    tall = pixels(through_file(Image.new("RGB", (16, 4), "red"), exif=exif))
-    assert (tall[:, 3:5] == (255, 0, 0)).all() and (tall[:, [0, 1, 2, 5, 6, 7]] == 128).all()
-
-
-def test_palette_becomes_its_colors(square):
-    image = Image.fromarray(square).quantize(16)
-    assert (pixels(image) == np.asarray(image.convert("RGB"))).all()
-    assert (pixels(through_file(image)) == pixels(image)).all()
-
-
-@pytest.mark.parametrize("table", [0, bytes([0, 255])])
-def test_transparent_palette_entry_becomes_white(table):
-    image = Image.new("P", (8, 8), 1)
-    image.putpalette([0, 0, 255, 255, 0, 0])                                          # blue, red
-    image.putpixel((2, 5), 0)
-    found = pixels(through_file(image, transparency=table))
-    assert tuple(found[5, 2]) == (255, 255, 255) and tuple(found[0, 0]) == (255, 0, 0)
-
-
-@pytest.mark.parametrize("mode, color, on_white", [
-    ("RGBA", (255, 0, 0, 255), (255, 0, 0)), ("RGBA", (255, 0, 0, 0), (255, 255, 255)),
-    ("RGBA", (255, 0, 0, 128), (255, 127, 127)), ("LA", (0, 255), (0, 0, 0)),
-    ("LA", (0, 0), (255, 255, 255)), ("LA", (0, 128), (127, 127, 127)),
-    ("L", 77, (77, 77, 77)), ("1", 1, (255, 255, 255)), ("1", 0, (0, 0, 0)),
-    ("RGB", (1, 2, 3), (1, 2, 3)), ("RGBX", (1, 2, 3, 0), (1, 2, 3)),
-    ("CMYK", (0, 255, 255, 0), (255, 0, 0)), ("CMYK", (0, 0, 0, 255), (0, 0, 0)),
-    ("YCbCr", (255, 128, 128), (255, 255, 255)), ("HSV", (0, 255, 255), (255, 0, 0)),
-    ("I;16", 65535, (255, 255, 255)), ("I;16", 32768, (127, 127, 127)), ("I;16", 0, (0, 0, 0)),
-    ("I;16B", 65535, (255, 255, 255)), ("I", 65535, (255, 255, 255)), ("I", 257 * 50, (50, 50, 50)),
-])
-def test_modes_become_their_color_on_white(mode, color, on_white):
-    for size in ((8, 8), (5, 5)):
-        found = pixels(Image.new(mode, size, color)).astype(int)
-        assert abs(found - on_white).max() <= 1
-
-
-def test_sixteen_bit_grey_keeps_its_range_through_a_file():
-    ramp = np.linspace(0, 65535, 64).round().astype(np.uint16).reshape(8, 8)
-    image = through_file(Image.fromarray(ramp))
-    assert image.mode.startswith("I;16")
-    assert abs(pixels(image)[..., 0].astype(float) - ramp / 257).max() <= 1
-    clipped = np.asarray(Image.fromarray(ramp).convert("I").convert("L")).astype(float)
-    assert abs(clipped - ramp / 257).max() > 100  # what Pillow's own conversion does
-
-
-@pytest.mark.parametrize("kind", ["L", "RGB"])
-def test_transparent_color_of_a_png_becomes_white(kind):
-    color = {"L": 60, "RGB": (60, 0, 0)}[kind]
-    image = Image.new(kind, (8, 8), color)
-    image.putpixel((0, 0), 0)
-    found = pixels(through_file(image, transparency=color))
-    assert (found[1:] == 255).all() and (found[0, 0] == 0).all()
-
-
-@pytest.mark.parametrize("size", [(16, 8), (8, 16), (4, 2), (2, 4), (100, 50), (96, 24), (3, 3)])
-def test_letterbox_keeps_the_whole_picture_and_its_shape_on_grey(size):
-    w, h = size
-    marked = np.full((h, w, 3), (255, 0, 0), np.uint8)
-    marked[:, -(w // 2):] = (0, 0, 255)
-    found = pixels(Image.fromarray(marked), 16).astype(int)
-    inside = (abs(found - 128).max(-1) > 20)
-    columns, rows = inside.any(0).sum(), inside.any(1).sum()
-    assert (columns, rows) == (round(16 * w / max(size)), round(16 * h / max(size)))
-    top, left = (16 - rows) // 2, (16 - columns) // 2
-    assert inside[top:top + rows, left:left + columns].all()  # centred
-    assert (found[~inside] == 128).all()
-    red, blue = found[8, left], found[8, left + columns - 1]
-    assert red[0] > 200 > 60 > red[2] and blue[2] > 200 > 60 > blue[0]
-
-
-@pytest.mark.parametrize("size", [(1, 3000), (3000, 1), (1, 1), (2, 999), (5000, 3)])
-def test_extreme_shapes_keep_at_least_a_line(size):
-    found = pixels(Image.new("RGB", size, "red"))
-    red = (found == (255, 0, 0)).all(-1)
-    assert red.any(0).sum() == (8 if size[0] >= size[1] else 1)
-    assert red.any(1).sum() == (8 if size[1] >= size[0] else 1)
-    assert (found[~red] == 128).all()
-
-
-def test_fit_picture_leaves_the_picture_it_was_given_alone(square):
-    image = Image.fromarray(square).resize((5, 9))
-    before = image.copy()
-    fit_picture(image, 8)
-    assert image == before and image.size == (5, 9)
 
 
 def test_the_file_runs_alone_and_shows_both_masks_and_what_they_let_through(tmp_path):
