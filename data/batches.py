@@ -14,7 +14,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from data.llava import Examples
-from nanoaki import IMAGE, Batch, pad_batch
+from nanoaki import IMAGE, PROMPT, Batch, Tokenizer, pad_batch
+
+NOTHING = [Tokenizer.eos], [PROMPT]  # tokens and roles of a batch with nothing to learn
 
 
 class Order:
@@ -82,8 +84,9 @@ class Order:
 class Batches(Dataset):
     """Each step's batch, or one of several parts of it, with its pictures in one of some orders.
 
-    The orders (Config.order) take turns by step. What is wrong with a record or a picture that was
-    good when it was checked is the batch's problem, and it holds nothing else.
+    The orders (Config.order) take turns by step. What is wrong with a file or a picture that was
+    good when it was checked is the batch's problem, and it holds nothing else; pictures that
+    examples with skip_bad leave out are in left_out.
     """
 
     def __init__(self, examples: Examples, order: Order, part: int = 0, parts: int = 1,
@@ -108,25 +111,34 @@ class Batches(Dataset):
 
 def make_batch(examples: Examples, indices: list[int], picture_order: str,
                augment_seed: list[int] | None = None) -> Batch:
-    """The batch of some examples, each picture decoded once; raises ValueError on a broken one."""
-    some, number, shown = examples.some(indices, picture_order), {}, []
-    for example in some:
-        for path in example.pictures:
-            number.setdefault(path, len(number))
-            shown.append(number[path])
-    images = [examples.picture(path) for path in number]
+    """The batch of some examples, each picture decoded once.
+
+    Raises ValueError on a broken picture; with examples' skip_bad, what shows it is left out.
+    """
+    rows, images, left_out = [], {}, []
+    for example in examples.some(indices, picture_order):
+        try:
+            for path in example.pictures:
+                if path not in images:
+                    images[path] = examples.picture(path)
+            rows.append(example)
+        except ValueError as e:
+            if not examples.skip_bad:
+                raise
+            left_out.append(str(e))
     if augment_seed is not None:  # a function of seed, step and picture, however a batch is split
-        for n, path in enumerate(number):
+        for path in images:
             name = zlib.crc32(path.relative_to(examples.records.path.parent).as_posix().encode())
-            images[n] = augment(images[n], np.random.default_rng([*augment_seed, name]))
-    if not images:  # one that is not shown: DDP waits for a gradient of every parameter
-        size = examples.config.image_size
-        images = [torch.zeros(3, size, size, dtype=torch.uint8)]
-    tokens, roles, targets = pad_batch([example.whole for example in some])
-    return Batch(torch.stack(images), torch.tensor(shown, dtype=torch.int64), tokens, roles,
-                 targets, visual=(roles == IMAGE).flatten().nonzero()[:, 0],
+            images[path] = augment(images[path], np.random.default_rng([*augment_seed, name]))
+    number = {path: n for n, path in enumerate(images)}
+    shown = [number[path] for example in rows for path in example.pictures]
+    size = examples.config.image_size  # of one that is not shown: DDP waits for every gradient
+    pictures = list(images.values()) or [torch.zeros(3, size, size, dtype=torch.uint8)]
+    tokens, roles, targets = pad_batch([example.whole for example in rows] or [NOTHING])
+    return Batch(torch.stack(pictures), torch.tensor(shown, dtype=torch.int64), tokens,
+                 roles, targets, visual=(roles == IMAGE).flatten().nonzero()[:, 0],
                  learned=(targets != -100).flatten().nonzero()[:, 0],
-                 ids=[example.id for example in some], problem="")
+                 ids=[example.id for example in rows], problem="", left_out=left_out)
 
 
 def augment(picture: Tensor, rng: np.random.Generator) -> Tensor:

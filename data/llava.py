@@ -8,121 +8,26 @@ Reads the one format, LLaVA's (data/README.md): records, and the examples that t
 The file itself is the store: a record is a range of its bytes, read when it is needed, so that
 processes share it and copy nothing.
 """
+import hashlib
 import json
 import os
-import re
 import sys
-import warnings
 from array import array
 from collections import Counter
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Iterable, Iterator, NamedTuple
+from typing import Iterable, Iterator, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from data.formats import Record, check_picture, items, parse_record
 from nanoaki import ANSWER, Config, Tokenizer, build_sequence, fit_picture, place_pictures
 
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # too large is refused
-
-
-class Record(NamedTuple):
-    id: str
-    task: str                     # "" for none
-    pictures: list[str]           # paths below the folder
-    turns: list[tuple[str, str]]  # speaker, "system", "human" or "gpt", and text
-
-
-def parse_record(item: Any, number: int) -> Record:
-    """The record that an item of a file is; raises ValueError that says what is wrong with it."""
-    if not isinstance(item, dict) or not isinstance(item.get("conversations"), list):
-        raise ValueError('must be {"id", "image", "conversations": [...]}')
-    turns = []
-    for turn in item["conversations"]:
-        if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
-            raise ValueError('each turn must be {"from": "human" or "gpt", "value": text}')
-        speaker, text = turn.get("from"), turn["value"]
-        if speaker not in ("system", "human", "gpt"):
-            raise ValueError(f'unknown speaker {speaker!r}: "human", "gpt" or "system"')
-        if speaker == "gpt" and not text.strip():
-            raise ValueError("an answer is empty")
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise ValueError("text has a lone surrogate, which UTF-8 cannot encode") from None
-        turns.append((speaker, text))
-    talk = [speaker for speaker, _ in turns]
-    if talk and talk[0] == "system":
-        talk = talk[1:]
-    if not talk or talk != ["human", "gpt"] * (len(talk) // 2):
-        raise ValueError('turns must alternate, "human" then "gpt", after at most one "system"')
-    pictures = item.get("image") or []
-    if isinstance(pictures, str):
-        pictures = [pictures]
-    if not isinstance(pictures, list) or not all(isinstance(p, str) and p for p in pictures):
-        raise ValueError('"image" must be a path, a list of paths, or absent')
-    return Record(str(item.get("id", number)), str(item.get("task") or ""), pictures, turns)
-
-
-def check_picture(folder: Path, picture: str) -> None:
-    """Raise ValueError that names a picture and says what is wrong with it, without decoding it."""
-    if Path(picture).is_absolute() or ".." in Path(picture).parts:
-        raise ValueError(f"{picture}: must be a path below the data folder")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(folder / picture) as image:
-                image.verify()  # of a PNG, all of it, undecoded; of others, what is cheap
-    except FileNotFoundError:
-        raise ValueError(f"{picture}: no such file") from None
-    except Exception as e:  # Pillow raises whatever the bytes make it raise
-        raise ValueError(f"{picture}: not a picture that Pillow can read ({e})") from e
-
-
-def json_items(path: Path, part: int = 1 << 20) -> Iterator[tuple[Any, int, int]]:
-    """The items of a JSON list in a file and the bytes they stand at: (item, start, stop).
-
-    It is read in parts, of so many characters at least. Raises ValueError if it is no JSON list.
-    """
-    decoder, space = json.JSONDecoder(), re.compile(r"[ \t\r\n]*")
-    with open(path, encoding="utf-8", newline="") as file:
-        text, at, byte, sign = file.read(part), 0, 0, "["  # text[at] is that byte of the file
-        if text.startswith("\ufeff"):  # Windows editors put this mark in front
-            at, byte = 1, 3
-        while sign != "]":
-            try:
-                before = space.match(text, at).end()
-                if text[before:before + 1] != sign:
-                    raise ValueError("must be a JSON list of records")
-                start = stop = space.match(text, before + 1).end()
-                empty = sign == "[" and text[start:start + 1] == "]"
-                if not empty:
-                    item, stop = decoder.raw_decode(text, start)
-                end = space.match(text, stop).end()
-                if text[end:end + 1] not in (",", "]"):  # nor may a number go on
-                    raise ValueError("not a JSON list: ',' or ']' expected")
-            except RecursionError:
-                raise ValueError(f"{path}: nested too deeply, after byte {byte}") from None
-            except ValueError as e:
-                more = file.read(max(part, len(text) - at))
-                if more:  # so far it may just not have been whole
-                    text, at = text[at:] + more, 0
-                    continue
-                reason = f"not JSON: {e.msg}" if isinstance(e, json.JSONDecodeError) else e
-                raise ValueError(f"{path}: {reason}, after byte {byte}") from None
-            first = byte + start - at  # white space and signs are a byte each
-            byte = first + len(text[start:stop].encode())
-            if not empty:
-                yield item, first, byte
-            byte, at, sign = byte + end - stop, end, text[end]
-        if (text[at + 1:] + file.read()).strip(" \t\r\n"):
-            raise ValueError(f"{path}: not a JSON list: more stands behind it, at byte {byte + 1}")
-
+LONGEST = 2048  # positions, where the data choose how many a model has
 
 def refuse(path: Path, bad: list[str], total: int, skip: bool) -> None:
     """Raise ValueError that counts the bad and shows ten of them, or, to skip them, say so."""
@@ -145,6 +50,10 @@ class Replies(NamedTuple):
 
     def where(self, keep: Tensor) -> "Replies":
         return Replies(*(column[keep] for column in self))
+
+    def positions(self, visual_tokens: int) -> Tensor:
+        """That each may need, its history left out: a token is a byte, or several."""
+        return self.pictures * visual_tokens + self.needed + self.answer + 2  # <answer>, <eos>
 
 
 def replies_of(record: Record) -> Iterator[tuple[int, int, int, int, int]]:
@@ -171,18 +80,19 @@ class Records:
     rows: Tensor            # int64: numbers of the records that are meant
     replies: Replies        # of these
     skipped: int            # bad ones
+    digest: str             # of all bytes of the file
 
     @classmethod
     def read(cls, folder, name: str, skip_bad: bool = False) -> "Records":
         """Records of folder/name, all checked; raises ValueError on bad ones, or skips them."""
-        path, bad, checked = Path(folder) / name, [], set()
+        path, bad, checked, notes = Path(folder) / name, [], set(), Counter()
         spans, rows, replies = array("q"), array("q"), array("i")
         last, group = [], -1
         try:
             stamp = stamp_of(os.stat(path))
             with tqdm(total=stamp[0], desc=f"reading {name}", unit="B", unit_scale=True,
                       leave=False, delay=2) as bar:
-                for number, (item, start, stop) in enumerate(json_items(path)):
+                for number, (item, start, stop) in enumerate(items(path)):
                     spans.extend((start, stop))
                     bar.update(stop - bar.n)
                     try:
@@ -200,18 +110,24 @@ class Records:
                         group += 1
                     last = record.pictures
                     rows.append(number)
+                    notes.update(record.notes)
                     for reply in found:
                         replies.extend((number, *reply, group))
+            with open(path, "rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as e:
             raise ValueError(f"{path}: {e.strerror}") from None
         except UnicodeDecodeError as e:
             raise ValueError(f"{path}: not UTF-8: {e.reason}") from None
         refuse(path, bad, len(spans) // 2, skip_bad)
+        for note, count in notes.items():
+            print(f"{path}: {count:,} of {len(rows):,} records {note}")
         if not rows:
             raise ValueError(f"{path}: there are no records")
         table = torch.frombuffer(replies, dtype=torch.int32).view(-1, len(Replies._fields))
         return cls(path, stamp, torch.frombuffer(spans, dtype=torch.int64).view(-1, 2),
-                   torch.frombuffer(rows, dtype=torch.int64), Replies(*table.unbind(1)), len(bad))
+                   torch.frombuffer(rows, dtype=torch.int64), Replies(*table.unbind(1)), len(bad),
+                   digest)
 
     def records(self, numbers: Iterable[int]) -> Iterator[Record]:
         """The records of these numbers in the file; raises ValueError if it has changed."""
@@ -290,20 +206,31 @@ class Records:
                 yield from pieces
 
 
+def file_of(folder: Path, name: str) -> Path | None:
+    """The file of a split, .json or .jsonl, if there is one; raises ValueError if there are both."""
+    found = [folder / f"{name}{kind}" for kind in (".json", ".jsonl")]
+    found = [path for path in found if path.exists()]
+    if len(found) > 1:
+        raise ValueError(f"{folder} holds both {name}.json and {name}.jsonl: remove one")
+    return found[0] if found else None
+
+
 def read_split(folder: Path, name: str, skip_bad: bool = False) -> Records:
-    """The records of one split of a folder; without val.json, train and what is held out of it."""
-    if name in ("train", "val") and not (folder / "val.json").exists():
+    """The records of one split of a folder; without val, train and what is held out of it."""
+    if name in ("train", "val") and not file_of(folder, "val"):
         return read_splits(folder, skip_bad, captions=False)[name]
-    return Records.read(folder, f"{name}.json", skip_bad)
+    path = file_of(folder, name) or folder / f"{name}.json"
+    return Records.read(folder, path.name, skip_bad)
 
 
 def read_splits(folder: Path, skip_bad: bool = False, captions: bool = True) -> dict[str, Records]:
-    """The records of a folder by split; without val.json some of train's are held out."""
-    names = [name for name in ("train", "captions", "val", "test")
-             if name == "train" or (folder / f"{name}.json").exists()]
+    """The records of a folder by split; without val some of train's are held out."""
+    files = {name: file_of(folder, name) for name in ("train", "captions", "val", "test")}
     if not captions:
-        names = [name for name in names if name != "captions"]
-    records = {name: Records.read(folder, f"{name}.json", skip_bad) for name in names}
+        del files["captions"]
+    files["train"] = files["train"] or folder / "train.json"  # to be missed
+    records = {name: Records.read(folder, path.name, skip_bad)
+               for name, path in files.items() if path}
     if "val" not in records:
         records["train"], records["val"] = records["train"].split(0.05, 0)
         print(f"no val.json: {len(records['val']):,} records are held out, by picture")
@@ -315,6 +242,33 @@ def read_splits(folder: Path, skip_bad: bool = False, captions: bool = True) -> 
     return records
 
 
+def positions_needed(some: Iterable[Records], tokenizer: Tokenizer, config: Config) -> int:
+    """Positions for every example of some Records, histories aside: at least config's block_size.
+
+    At most LONGEST: what needs more is bad.
+    """
+    most = config.block_size
+    for records in some:
+        may_need = records.replies.positions(config.visual_tokens)
+        for i in may_need.argsort(descending=True).tolist():
+            if may_need[i] <= most or most >= LONGEST:
+                break
+            most = max(most, least_positions(records, i, tokenizer, config))
+    return min(most, LONGEST)
+
+
+def least_positions(records: Records, i: int, tokenizer: Tokenizer, config: Config) -> int:
+    """Positions that a reply needs with pictures, system text and question, but no history."""
+    (record,) = records.records([int(records.replies.record[i])])
+    turn = int(records.replies.turn[i])
+    before = place_pictures(record.turns, len(record.pictures))[:turn]
+    kept = [given for given in before[:-1] if given[0] == "system"] + before[-1:]
+    shown = sum(len(pieces) - 1 for _, pieces in kept)
+    tokens, _ = build_sequence(tokenizer, replace(config, block_size=1 << 30), kept,
+                               record.turns[turn][1])
+    return len(tokens) + (int(records.replies.pictures[i]) - shown) * config.visual_tokens
+
+
 def stamp_of(status: os.stat_result) -> tuple[int, int]:
     """Size and time of a file: what changes when it does."""
     return status.st_size, status.st_mtime_ns
@@ -324,6 +278,7 @@ class Example(NamedTuple):
     """One reply: (tokens, roles) of all before it, and with it; and the paths of its pictures."""
     id: str
     task: str
+    turns: list[tuple[str, str]]  # all before it, as in Record
     question: str
     answer: str
     prompt: tuple[list[int], list[int]]
@@ -340,7 +295,7 @@ class Examples:
     def __init__(self, records: Records, tokenizer: Tokenizer, config: Config,
                  skip_bad: bool = False):
         self.records, self.tokenizer, self.config = records, tokenizer, config
-        self.replies = records.replies
+        self.replies, self.skip_bad, self.broken = records.replies, skip_bad, {}
         bad = self.too_long()
         refuse(records.path, list(bad.values()), len(self), skip_bad)
         self.skipped = records.skipped + len(bad)
@@ -363,28 +318,43 @@ class Examples:
         turns, pictures = r.turn[indices].tolist(), r.pictures[indices].tolist()
         records = self.records.records(r.record[indices].tolist())
         for record, turn, shown in zip(records, turns, pictures):
-            before = place_pictures(record.turns, len(record.pictures), order)[:turn]
-            answer = record.turns[turn][1]
+            placed = place_pictures(record.turns, len(record.pictures), order)
+            before, (_, (answer,)) = placed[:turn], placed[turn]
             whole = build_sequence(self.tokenizer, self.config, before, answer)
             start = whole[1].index(ANSWER)
-            found.append(Example(record.id, record.task, "".join(before[-1][1]).strip(), answer,
+            found.append(Example(record.id, record.task, record.turns[:turn],
+                                 "".join(before[-1][1]).strip(), answer,
                                  (whole[0][:start], whole[1][:start]), whole,
                                  [folder / path for path in record.pictures[:shown]]))
         return found
 
     def picture(self, path: Path) -> Tensor:
         """uint8 (3, image_size, image_size); raises ValueError if the file is no picture."""
-        try:
-            with Image.open(path) as image:
-                return fit_picture(image, self.config.image_size)
-        except Exception as e:
-            raise ValueError(f"{path}: the picture cannot be read ({type(e).__name__}: {e})") from e
+        return fit_picture(path, self.config.image_size)
+
+    def readable(self, indices: list[int]) -> list[int]:
+        """Those whose pictures can be read now: with skip_bad; else, which cannot is an error."""
+        if not self.skip_bad:
+            return indices
+        shown = {i: example.pictures for i, example in
+                 zip(indices, self.some(indices, self.config.order))}
+        for path in {path: True for pictures in shown.values() for path in pictures}:
+            try:
+                self.picture(path)
+            except ValueError as e:
+                if path not in self.broken:
+                    print(f"left out: {e}")
+                self.broken[path] = str(e)
+        good = [i for i in indices if not self.broken.keys() & set(shown[i])]
+        if not good:
+            raise ValueError(f"{self.records.path}: there is no picture that can be read")
+        return good
 
     def too_long(self) -> dict[int, str]:
         """Of each example that does not fit the positions, what to say of it."""
         found, r = {}, self.replies
-        least = r.pictures * self.config.visual_tokens + r.needed + r.answer + 2  # <answer>, <eos>
-        for i in (least > self.config.block_size).nonzero()[:, 0].tolist():  # bytes, maybe merged
+        may_need = r.positions(self.config.visual_tokens)
+        for i in (may_need > self.config.block_size).nonzero()[:, 0].tolist():
             try:
                 self[i]
             except ValueError as e:

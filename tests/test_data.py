@@ -17,7 +17,8 @@ from PIL import Image
 
 from data import digits, shapes
 from data.batches import Batches, Order, augment, make_batch
-from data.llava import Examples, Records, json_items
+from data.formats import json_items
+from data.llava import Examples, Records
 from engine.processes import load
 from helpers import make_tiny
 from nanoaki import ANSWER, IMAGE, PAD, PROMPT, Config, NanoAKI, Tokenizer, fit_picture
@@ -835,9 +836,34 @@ def test_a_picture_that_breaks_is_what_its_batch_says_and_the_others_are_as_befo
                 assert same_batch(half[step], before[step][n])
                 continue
             batch, said = half[step], said + 1
-            assert batch.problem.startswith(f"{broken}: the picture cannot be read")
+            assert batch.problem.startswith(f"{broken}: not a picture")
             assert batch.ids == [] and all(len(value) == 0 for value in batch[:7])
     assert 3 <= said <= 9
+    examples.skip_bad = True  # then what shows it is left out, and nothing else
+    for step in range(9):
+        for n, half in enumerate(halves):
+            shown = [examples[i] for i in order[step][2 * n:2 * n + 2].tolist()]
+            good, batch = [e for e in shown if broken not in e.pictures], half[step]
+            assert batch.ids == [e.id for e in good] and not batch.problem
+            assert len(batch.left_out) == 2 - len(good)
+            assert all(text.startswith(f"{broken}: ") for text in batch.left_out)
+            if len(good) == 2:
+                assert same_batch(batch, before[step][n])
+
+
+def test_a_batch_in_which_nothing_is_left_has_a_loss_and_gradients_of_zero(tmp_path):
+    folder = make_tiny(tmp_path / "data", n=6)
+    examples = Examples(Records.read(folder, "train.json"), Tokenizer([]), CONFIG, skip_bad=True)
+    model, found = NanoAKI(CONFIG), []
+    for break_it in (lambda path: None, lambda path: path.write_bytes(b"")):
+        for i in range(6):
+            break_it(folder / f"images/train{i}.png")
+        model.zero_grad()
+        loss = model.loss(make_batch(examples, [0, 5], "data"))
+        loss.backward()
+        found.append((loss.item(), max(float(p.grad.abs().max()) for p in model.parameters())))
+    (loss, gradient), nothing = found
+    assert loss > 1 and gradient > 0 and nothing == (0, 0)
 
 
 def test_augmentation_keeps_what_answers_are_about_and_is_a_function_of_the_batch(made):
