@@ -4,14 +4,18 @@ Ask a trained model: about pictures, or everything in a split of a dataset.
     python sample.py --image scene.png --ask "what color is the circle?" "is there a red square?"
     python sample.py --image scene.png               # an interactive prompt
     python sample.py --image left.png right.png --ask "what differs?"   # one question, two pictures
+    python sample.py --image scene.png --system "Be brief." --history "how many?" "2" --ask "sure?"
+    python sample.py --image scene.png --chat        # each answer is history of the next question
     python sample.py --data data/shapes-seed0 --split test              # a whole split: a table
+
+Without --chat each question stays on its own: a model that was trained on single questions, as the
+default one is, answers a second turn badly.
 """
 import json
 import sys
 from pathlib import Path
 
 import torch
-from PIL import Image
 
 from data import shapes
 from data.llava import Examples, read_split
@@ -19,35 +23,60 @@ from engine.device import autocast, choose_device
 from engine.evaluation import report
 from engine.flags import Parser, flag, one_line, run_script
 from engine.folder import write_whole
-from nanoaki import MASKS, NanoAKI, open_picture
+from nanoaki import MASKS, NanoAKI, fit_picture
+
+COMMANDS = "/new begins another conversation, /image FILE shows a picture"
 
 
-def print_answer(model: NanoAKI, pictures: list[Image.Image], question: str, limit: int,
-           **sampling) -> None:
-    """Print the answer as it is generated; a character of several tokens once it is complete."""
-    ids, shown = [], ""
-    for (new,) in model.stream(*model.prompt([pictures], [question]), limit, **sampling):
+def print_answer(model: NanoAKI, pictures: list[str], texts: list[str], system, **how) -> str:
+    """Print the answer to texts (questions and answers in turn) as it comes, and return it."""
+    ids, shown, history = [], "", list(zip(texts[::2], texts[1::2]))
+    for (new,) in model.stream(*model.prompt([pictures], texts[-1:], history, system), **how):
         ids.append(new)
         text = model.tokenizer.decode(ids)
-        if not text.endswith("\ufffd"):
-            print(text[len(shown):], end="", flush=True)
-            shown = text
-    print(model.tokenizer.decode(ids)[len(shown):])
+        print(text[len(shown):], end="", flush=True)
+        shown = text
+    print()
+    return shown
 
 
-def prompt(model: NanoAKI, pictures: list[Image.Image], limit: int, **sampling) -> None:
-    """Answer a question a line, each on its own, until there are no more."""
+def prompt(model: NanoAKI, first: list[str], history: list[str], chat: bool, **how) -> None:
+    """Answer a question a line: each on its own after pictures and history, or all in a chat."""
+    pictures, texts = first, history
     try:
-        while True:
-            question = input("> ")
-            if not question:
-                return
+        while line := input("> "):
+            command, _, path = line.partition(" ")
             try:
-                print_answer(model, pictures, question, limit, **sampling)
+                if not chat:
+                    print_answer(model, first, [*history, line], **how)
+                elif command == "/new":
+                    pictures, texts = first, []
+                elif command == "/image" and path.strip():
+                    fit_picture(path.strip(), model.config.image_size)
+                    pictures = [*pictures, path.strip()]
+                elif command.startswith("/"):
+                    print(COMMANDS)
+                else:
+                    asked = write_pictures([*texts, line], len(first), len(pictures))
+                    texts = [*asked, print_answer(model, pictures, asked, **how)]
             except ValueError as e:
                 print(e)
     except EOFError:
         print()
+
+
+def write_pictures(texts: list[str], first: int, pictures: int) -> list[str]:
+    """Texts of a chat with <image> in the last for pictures that are written nowhere yet.
+
+    So many first pictures belong to the first question, which may be history, as with --ask.
+    """
+    *texts, question = texts
+    written = sum(text.count("<image>") for text in texts[::2])
+    if "<image>" not in question:
+        if texts and not written:
+            texts[0], written = "<image>" * first + texts[0], first
+        question = "<image>" * (pictures - written) + question
+    return [*texts, question]
 
 
 def ask_split(model: NanoAKI, args) -> None:
@@ -66,10 +95,16 @@ def make_parser() -> Parser:
     parser = Parser(__doc__)
     parser.add_argument("--model", default="out/shapes/model.pt",
                         help="checkpoint (default %(default)s)")
-    parser.add_argument("--image", nargs="+", metavar="FILE",
-                        help="pictures; all of them belong to every question (default: none)")
-    parser.add_argument("--ask", nargs="+", metavar="QUESTION",
+    parser.add_argument("--image", nargs="+", action="extend", metavar="FILE",
+                        help="pictures of every question, or of a chat's first (default: none)")
+    parser.add_argument("--ask", nargs="+", action="extend", metavar="QUESTION",
                         help="questions; standard output gets their answers, a line each")
+    parser.add_argument("--system", metavar="TEXT", help="text that stands before all questions")
+    parser.add_argument("--history", nargs="+", action="extend", metavar="TEXT",
+                        help="what was said before, questions and answers in turn: Q A [Q A ...]")
+    parser.add_argument("--chat", action="store_true", default=None,
+                        help="each answer is history of the next question, which a model trained "
+                             "on single ones, as the default, answers badly")
     parser.add_argument("--data", metavar="DIR",
                         help="ask a whole split of this dataset, 'shapes' or a folder, instead")
     parser.add_argument("--split", metavar="NAME", help="of --data (default test)")
@@ -99,11 +134,16 @@ def check(args) -> None:
                                ("seed", args.seed, 0)):
         if value is not None and not least <= value < 2 ** 62:
             raise ValueError(f"--{name} must be at least {least}, not {value}")
-    if any(not question.strip() for question in args.ask or []):
-        raise ValueError("--ask: a question is empty")
-    for name in ("image", "ask", "max_new_tokens", "temperature", "top_k", "seed"):
+    if not args.image and any(not question.strip() for question in args.ask or []):
+        raise ValueError("--ask: a question is empty, and there is no picture")
+    if len(args.history or []) % 2:
+        raise ValueError(f"--history: {len(args.history)} texts, not pairs of question and answer")
+    if args.chat and args.ask:
+        raise ValueError("--ask does not go with --chat: its questions are typed")
+    for name in ("image", "ask", "system", "history", "chat", "max_new_tokens", "temperature",
+                 "top_k", "seed"):
         if args.data and getattr(args, name) is not None:
-            raise ValueError(f"{flag(name)} does not go with --data: a split is asked greedily")
+            raise ValueError(f"{flag(name)} does not go with --data: it asks as written, greedily")
     for name in ("split", "out", "skip_bad"):
         if not args.data and getattr(args, name):
             raise ValueError(f"{flag(name)} needs --data")
@@ -126,15 +166,21 @@ def main(argv: list[str] | None = None) -> None:
             print(reason)
             ask_split(model, args)
             return
-        pictures = [open_picture(path) for path in args.image or []]
-        limit = args.max_new_tokens or model.config.block_size
-        sampling = {"temperature": args.temperature or 0.0, "top_k": args.top_k, "mask": args.mask}
+        pictures, texts = args.image or [], args.history or []
+        for path in pictures:
+            fit_picture(path, model.config.image_size)  # or it is refused, before any question is
+        how = {"max_new_tokens": args.max_new_tokens or model.config.block_size,
+               "temperature": args.temperature or 0.0, "top_k": args.top_k, "mask": args.mask,
+               "system": args.system}
         with autocast(device, args.dtype):
             if args.ask is None:
                 print(f"{reason}; a question a line, an empty one or Ctrl-D to leave")
-                prompt(model, pictures, limit, **sampling)
+                if args.chat:
+                    print(COMMANDS)
+                prompt(model, pictures, texts, args.chat, **how)
                 return
-            answers = model.ask([pictures] * len(args.ask), args.ask, limit, **sampling)
+            history = list(zip(texts[::2], texts[1::2]))
+            answers = model.ask([pictures] * len(args.ask), args.ask, history=history, **how)
         print(reason, file=sys.stderr)
         for answer in answers:
             print(answer.replace("\n", "\\n"))
