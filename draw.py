@@ -11,6 +11,7 @@ The first three need no model: a token is a word. With two --ask, the last one a
 each visual token's state moves from one question to the other.
 """
 import os
+import re
 import shutil
 import sys
 import unicodedata
@@ -27,9 +28,10 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from engine.flags import Parser, fail, run_script
-from engine.pictures import GAP, LINE, frame, join, legend, padded, text
+from engine.fonts import LINE, text
+from engine.pictures import GAP, frame, join, legend, padded
 from nanoaki import (ANSWER, IMAGE, MASKS, PAD, PROMPT, NanoAKI, Tokenizer, build_sequence,
-                     fit_picture, make_mask, open_picture, place_pictures)
+                     fit_picture, make_mask, place_pictures)
 
 # What a cell of a mask can be: colours differ in lightness too (in L*: 98, 82, 70, 54, 24).
 BLOCKED, PADDING, SEEN, UNLOCKED, DIAGONAL = range(5)
@@ -51,6 +53,10 @@ HOT = (255, 214, 40)        # the largest weight; at 0 the picture is dark and o
 MOST = 12                   # heat maps in a row
 EDGE = 18                   # columns before a mask's rows
 
+# Chinese and Japanese have no spaces: a character, with the marks that follow it, is a word.
+CJK = r"\u3001-\u312f\u31a0-\u9fff\uf900-\ufaff\uff00-\uff9f\U00020000-\U0003ffff"
+WORD = re.compile(rf"\s*(?:[{CJK}][\u3099\u309a\ufe00-\ufe0f]*|[^\s{CJK}]+)")
+
 
 def mask_states(name: str, roles: Tensor) -> tuple[Tensor, str]:
     """Which state each cell of a mask has, int64 (T, T), for roles (T,); and the mask's title."""
@@ -68,9 +74,9 @@ def runs(roles: list[int]) -> list[tuple[int, int]]:
 
 
 def word_batch(questions: list[str], answers: list[str | None], visual_tokens: int):
-    """roles (B, T) and labels of questions, a word a token; pictures stand at <image>, or first."""
-    # A word is its own id. None has a space in it, so none is taken for a visual token.
-    words = SimpleNamespace(image=" image", answer="<answer>", eos="<eos>", encode=str.split)
+    """roles (B, T) and labels of questions, a WORD a token; pictures stand at <image>, or first."""
+    # A word is its own id. None ends with a space, so none is taken for a visual token.
+    words = SimpleNamespace(image="image ", answer="<answer>", eos="<eos>", encode=WORD.findall)
     config = SimpleNamespace(visual_tokens=visual_tokens, block_size=1 << 30)
     rows = []
     for question, answer in zip(questions, cycle(answers)):  # one for each, or one for all
@@ -169,8 +175,9 @@ def choose_shown(roles: list[int], most: int) -> list[int]:
 
 
 def columns_of(string: str) -> int:
-    """The columns of a terminal that a string takes: East Asian characters and emoji take two."""
-    return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in string)
+    """The columns of a terminal that a string takes: East Asian and emoji two, marks none."""
+    return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in string
+               if unicodedata.category(c) not in ("Mn", "Me", "Cf"))
 
 
 def mask_text(roles: Tensor, labels: list[str], masks: list[str], width: int, fancy: bool) -> str:
@@ -232,26 +239,36 @@ class Recorder(TorchFunctionMode):
 class Attention(NamedTuple):
     answer: str
     words: list[str]  # of the question, <answer> last
-    tokens: list[str]  # of the answer, and <eos> where the model has ended
-    looks: Tensor     # (layers, heads, answer tokens, visual tokens): what each was predicted from
+    tokens: list[str]  # of the answer, joined to characters; <eos> where the model has ended
+    looks: Tensor     # (layers, heads, tokens, visual tokens): what each was predicted from; mean
     reads: Tensor     # (layers, heads, words, visual tokens): how much each visual token reads it
     weights: Tensor   # (layers, heads, T, T), all of them: rows are queries, columns keys
     roles: Tensor     # (T,)
 
 
-def prompt_words(tokenizer: Tokenizer, ids: list[int], roles: list[int]) -> list[list[int]]:
-    """The positions of each word of a prompt: a word ends before a space, a picture, <answer>."""
-    words = []
-    for i, token in enumerate(ids):
-        if roles[i] == PROMPT:
-            space = tokenizer.decode([token])[:1].isspace()
-            if i == 0 or roles[i - 1] != PROMPT or space or token == Tokenizer.answer:
-                words.append([])
-            words[-1].append(i)
-    return words
+def split_tokens(tokenizer: Tokenizer, ids: list[int], pattern, start: int = 0):
+    """(positions, text) of tokens: parts, each from where a find of the pattern begins a token."""
+    pieces = [tokenizer.bytes[i] if i < len(tokenizer) else b"" for i in ids]
+    whole = b"".join(pieces).decode("utf-8", "surrogateescape")
+    begins = {len(whole[:found.start()].encode("utf-8", "surrogateescape"))
+              for found in re.finditer(pattern, whole)}
+    parts, at = [], 0
+    for i, piece in enumerate(pieces, start):
+        if at in begins or not parts:
+            parts.append(([], b""))
+        parts[-1] = parts[-1][0] + [i], parts[-1][1] + piece
+        at += len(piece)
+    return [(some, part.decode("utf-8", "backslashreplace").strip()) for some, part in parts]
 
 
-def attention_maps(model: NanoAKI, pictures: list[Image.Image], question: str,
+def prompt_words(tokenizer: Tokenizer, ids: list[int], roles: list[int]):
+    """(positions, text) of each WORD of a prompt; a picture parts words, and <answer> is one."""
+    words = [word for start, stop in runs(roles[:-1]) if roles[start] == PROMPT
+             for word in split_tokens(tokenizer, ids[start:stop], WORD, start)]
+    return words + [([len(ids) - 1], "<answer>")]
+
+
+def attention_maps(model: NanoAKI, pictures: list, question: str,
                    mask: str | None = None, max_new_tokens: int | None = None) -> Attention:
     """The attention weights of the very forward that answers a question about pictures.
 
@@ -266,24 +283,25 @@ def attention_maps(model: NanoAKI, pictures: list[Image.Image], question: str,
     with Recorder() as recorder, torch.no_grad():
         ids = [new for (new,) in model.stream(images, tokens, roles, limit, mask=mask)]
     model.train(training)
-    n, decode, start = len(model.decoder.blocks), model.tokenizer.decode, tokens.shape[1]
+    n, start = len(model.decoder.blocks), tokens.shape[1]
     passes = [torch.cat(recorder.weights[i:i + n]) for i in range(0, len(recorder.weights), n)]
     T = start + len(passes) - 1                             # the answer begins at start
     weights = torch.cat([F.pad(w, (0, T - w.shape[-1])) for w in passes], 2).cpu()
     roles = F.pad(roles[0], (0, T - start), value=ANSWER).cpu()
-    visual, prompt = roles == IMAGE, tokens[0].tolist()
-    words = prompt_words(model.tokenizer, prompt, roles.tolist()[:start])
-    reads = torch.stack([weights[..., visual, :][..., word].sum(-1) for word in words], 2)
-    names = [decode([prompt[i] for i in word]).strip() for word in words[:-1]] + ["<answer>"]
-    pieces = [decode([i]).strip() for i in ids]
+    visual = roles == IMAGE
+    words = prompt_words(model.tokenizer, tokens[0].tolist(), roles.tolist()[:start])
+    reads = torch.stack([weights[..., visual, :][..., some].sum(-1) for some, _ in words], 2)
+    pieces = split_tokens(model.tokenizer, ids, r"(?s).|\Z")  # by characters; the end has no text
     if len(passes) > len(ids):
-        pieces.append("<eos>")
+        pieces.append(([len(ids)], "<eos>"))
     looks = weights[:, :, start - 1:][..., visual]          # the row before a token predicts it
-    return Attention(decode(ids), names, pieces, looks, reads, weights, roles)
+    looks = torch.stack([looks[:, :, some].mean(2) for some, _ in pieces], 2)
+    return Attention(model.tokenizer.decode(ids), [word for _, word in words],
+                     [piece for _, piece in pieces], looks, reads, weights, roles)
 
 
 @torch.no_grad()
-def movement(model: NanoAKI, pictures: list[Image.Image], questions: list[str],
+def movement(model: NanoAKI, pictures: list, questions: list[str],
              mask: str | None = None) -> Tensor:
     """How far each visual token's last state moves from one of two questions to the other.
 
@@ -321,7 +339,7 @@ def map_rows(title: str, square: Image.Image, names: list[str], rows: dict[str, 
     return join(lines, down=True, gap=4)
 
 
-def draw_attention(model: NanoAKI, pictures: list[Image.Image], questions: list[str],
+def draw_attention(model: NanoAKI, pictures: list, questions: list[str],
                    mask: str | None = None, layer: int | None = None, head: int | None = None):
     """Heat maps over the pictures of one question, or of two and what moves between them.
 
@@ -371,8 +389,6 @@ def check(args, masks: list[str]) -> None:
     for name in masks:
         if name not in MASKS:
             raise ValueError(f"--masks: {name!r} is none of {', '.join(MASKS)}")
-    if any(not question.strip() for question in args.ask):
-        raise ValueError("--ask: a question is empty")
     if args.model is not None:
         useless = args.answer or visual is not None or args.masks and len(masks) > 1
         if not args.image or useless or questions > 2 or args.out == "-":
@@ -411,8 +427,8 @@ def main(argv: list[str] | None = None) -> None:
     try:
         check(args, masks)
         if args.model is not None:
-            model, pictures = NanoAKI.load(args.model), [open_picture(path) for path in args.image]
-            sheet = draw_attention(model, pictures, args.ask, args.masks, args.layer, args.head)
+            sheet = draw_attention(NanoAKI.load(args.model), args.image, args.ask, args.masks,
+                                   args.layer, args.head)
         else:
             roles, labels = word_batch(args.ask, args.answer or [None], args.visual_tokens or 16)
             if args.out == "-":

@@ -9,7 +9,6 @@ Train a vision-language model with modality-mutual attention: on captions, then 
 import json
 import math
 import os
-import shlex
 import signal
 import sys
 import time
@@ -25,12 +24,14 @@ from tqdm import tqdm
 
 from data import shapes
 from data.batches import Batches, Order
-from data.llava import Examples, read_splits
-from engine.checkpoint import Progress, save_run, saved_progress, settle
+from data.llava import Examples, positions_needed, read_splits
+from engine.charts import draw_run
+from engine.checkpoint import Progress, same_data, save_run, saved_progress, settle
+from engine.command import ask_command
 from engine.device import Objective, choose_device, in_bfloat16, keep_freed_memory
 from engine.evaluation import draw_answered, examine, report
-from engine.flags import Parser, one_line, run_script
-from engine.folder import Metrics, hold, refuse_used, write_whole
+from engine.flags import Parser, one_line, quoted, run_script
+from engine.folder import Metrics, hold, refuse_used, save_picture, write_whole
 from engine.optimizer import make_optimizers, schedule
 from engine.processes import (StopSignal, first_does, in_parallel, joined_processes, load,
                               rank_and_world, total)
@@ -124,6 +125,7 @@ class Run:
         self.how = {"dtype": settings.dtype, "batch_size": min(250, max(1, room))}
         self.began = self.saved = time.perf_counter()
         self.waited = self.trained = self.evaluated = 0.0  # seconds of this process
+        self.said = set()  # which pictures were left out, and why
 
     def step(self, stage: Stage, parts: tuple[Batch, ...], targets: int) -> float:
         """Batch, loss, gradient, optimizers; returns the loss.
@@ -136,7 +138,7 @@ class Run:
         torch.manual_seed((seed * self.world + self.rank) % 2 ** 63)  # dropout: as ever, on resume
         for n, part in enumerate(parts):
             last = n + 1 == len(parts)  # with which DDP takes its mean over processes
-            weight = len(part.learned) / targets  # a mean of means would favour short answers
+            weight = len(part.learned) / max(1, targets)  # a mean of means favours short answers
             with nullcontext() if last or self.world == 1 else self.parallel.no_sync():
                 mean = self.parallel(part, stage.mask)
                 (mean * (weight * self.world)).backward()
@@ -169,8 +171,9 @@ class Run:
             stop = stop or self.agree(0, "")[1]  # it may have come with the last step
             if stop:
                 self.save()
-                print(f"stopped; {self.out / 'model.pt'} can be asked; to go on:\n"
-                      f"  python train.py --out {shlex.quote(str(self.out))} --resume", flush=True)
+                command = quoted(["python", "train.py", "--out", str(self.out), "--resume"])
+                print(f"stopped; {self.out / 'model.pt'} can be asked; to go on:\n  {command}",
+                      flush=True)
                 raise SystemExit(128 + stop)
 
     def train_stage(self, stage: Stage) -> int:
@@ -188,12 +191,14 @@ class Run:
                 parts = next(batches)
                 self.waited += clock() - start
                 problem = " ".join(part.problem for part in parts).strip()
-                targets, stop, broken = self.agree(sum(len(p.learned) for p in parts), problem)
+                targets, stop, broken, left_out = self.agree(
+                    sum(len(part.learned) for part in parts), problem, self.left_out(parts))
                 if broken:
                     self.save()
                     if problem:
                         raise ValueError(problem)
                     raise SystemExit(2)  # another process says it
+                now.left_out += left_out
                 now.losses.append(self.step(stage, parts, targets))
                 now.step += 1
                 seconds += clock() - start
@@ -212,17 +217,26 @@ class Run:
             self.save()
         return stop
 
-    def agree(self, targets: int, problem: str) -> tuple[int, int, bool]:
-        """Over all processes: targets of a step, the signal that asks for a stop, any problem.
+    def agree(self, targets: int, problem: str, left_out: int = 0) -> tuple[int, int, bool, int]:
+        """Over all processes: targets of a step, signal to stop, any problem, examples left out.
 
         On the CPU: what processes agree on before a step is known there.
         """
         mine = self.signal.number  # read once: a later signal is for the next time that all agree
-        targets, signals, problems = total(targets, mine, float(problem != ""))
+        targets, signals, problems, left_out = total(targets, mine, float(problem != ""), left_out)
         stop = mine
         if signals and not mine:
             stop = signal.SIGTERM
-        return int(targets), stop, problems > 0
+        return int(targets), stop, problems > 0, int(left_out)
+
+    def left_out(self, parts: tuple[Batch, ...]) -> int:
+        """How many examples of this process's parts could not be read; each reason is said once."""
+        reasons = [reason for part in parts for reason in part.left_out]
+        for reason in dict.fromkeys(reasons):
+            if reason not in self.said:
+                tqdm.write(f"left out: {reason}", file=sys.stderr)
+        self.said.update(reasons)
+        return len(reasons)
 
     def load(self, stage: Stage):
         """For each step that is left of a stage, this process's parts of its batch."""
@@ -271,7 +285,11 @@ class Run:
         if self.settings.skip_bad:
             line["skipped"] = sum(stage.examples.skipped + stage.held_out.skipped
                                   for stage in self.stages)
+            line["left_out"] = self.progress.left_out
         self.metrics.write(line)
+        if self.rank == 0:
+            steps = {stage.name: stage.steps for stage in self.stages}
+            save_picture(draw_run(self.metrics.lines(), steps), self.out / "curves.png")
 
     def save(self) -> None:
         """Write last.pt, and model.pt as long as no held-out loss has chosen one."""
@@ -283,7 +301,6 @@ class Run:
             save_run(self.out / "last.pt", self.settings, self.model, self.optimizers, now)
             if now.best == math.inf:
                 self.model.save(self.out / "model.pt")
-
 
     def restore(self, state: dict) -> None:
         """Take optimizers and metrics as they were where last.pt was written."""
@@ -301,10 +318,10 @@ def read(*numbers: Tensor) -> list[float]:
     return torch.stack(numbers).tolist()
 
 
-def prepare(s: Settings, config: Config, state: dict | None):
-    """(tokenizer, config, stages, examples of the report, their split); raises ValueError.
+def prepare(s: Settings, config: Config, state: dict | None, longer: bool):
+    """(tokenizer, config, stages, examples of the report, digest of each file); ValueError.
 
-    state is a checkpoint whose tokenizer is taken.
+    state is a checkpoint whose tokenizer is taken; longer lets the data choose block_size.
     """
     folder, stages = shapes.find(s.data), []
     records = read_splits(folder, s.skip_bad, captions=not s.init)
@@ -315,6 +332,11 @@ def prepare(s: Settings, config: Config, state: dict | None):
                  for text in records[name].texts(5_000_000)]
         tokenizer = Tokenizer.train(texts, config.vocab_size)
         config = replace(config, vocab_size=len(tokenizer))
+        if longer:
+            needed = positions_needed(records.values(), tokenizer, config)
+            if needed > config.block_size:
+                print(f"block size: {needed} positions, for the longest example (--block-size)")
+            config = replace(config, block_size=needed)
     made = {name: Examples(records[name], tokenizer, config, s.skip_bad)
             for name in ("train", "val", "test") if name in records}
     if s.init:
@@ -337,28 +359,29 @@ def prepare(s: Settings, config: Config, state: dict | None):
     said.append(f"{len(made['test']):,} to test" if split == "test" else
                 "no test.json: the report is on val")
     print(f"data: {folder}: {', '.join(said)}")
-    return tokenizer, config, stages, made[split], split
+    digests = {some.path.name: some.digest for some in records.values()}
+    return tokenizer, config, stages, made[split], digests
 
 
-def test(run: Run, examples: Examples, split: str) -> None:
+def test(run: Run, examples: Examples) -> None:
     """Ask model.pt everything in a split: table, samples.png, a line of metrics."""
     start = time.perf_counter()
     if run.world > 1:
         dist.barrier()  # until model.pt is written
     model = NanoAKI.load(run.out / "model.pt").to(run.device)
     indices = np.random.default_rng(0).permutation(len(examples)).tolist()
+    split = "test" if examples.records.path.stem == "test" else "val"
     if split == "val" and len(indices) > run.settings.test_sample:
         indices = indices[:run.settings.test_sample]
         print(f"the report is on {len(indices):,} of {len(examples):,} questions (--test-sample)")
+    indices = examples.readable(indices)
     answered = report(model, examples, split, indices, **run.how)
     run.log(stage=split, step=run.settings.steps, **scores(answered))
     if run.rank == 0:
-        draw_answered(examples, indices[:12], answered).save(run.out / "samples.png")
-    command, example = ["python", "sample.py", "--model", str(run.out / "model.pt")], examples[0]
-    if example.pictures:
-        command += ["--image", *map(str, example.pictures)]
-    print(f"some of them, with pictures: {run.out / 'samples.png'}\n"
-          f"ask it yourself:\n  {shlex.join([*command, '--ask', example.question])}")
+        save_picture(draw_answered(examples, indices[:12], answered), run.out / "samples.png")
+    first = examples.replies.record == examples.replies.record[0]
+    command = ask_command(run.out / "model.pt", examples[int(first.sum()) - 1], model.config.order)
+    print(f"some of them, with pictures: {run.out / 'samples.png'}\nask it yourself:\n  {command}")
     run.evaluated += time.perf_counter() - start
 
 
@@ -379,7 +402,10 @@ def train(argv: list[str] | None) -> None:
     device, reason = choose_device(s.device, s.dtype)
     print(reason + (f", {world} processes" if world > 1 else "") + f"\nmask: {config.mask}")
     state = load_file(path) if path else None
-    tokenizer, config, stages, examples, split = first_does(lambda: prepare(s, config, state))
+    tokenizer, config, stages, examples, digests = first_does(
+        lambda: prepare(s, config, state, not state and "block_size" not in flags))
+    progress = saved_progress(state) if resume else Progress(data=digests)
+    first_does(lambda: same_data(progress.data, digests, s, flags))
     torch.manual_seed(s.seed)
     model = NanoAKI(config, tokenizer).to(device)
     print(f"model: {s.init or s.preset}, {sum(p.numel() for p in model.parameters()):,} "
@@ -394,7 +420,7 @@ def train(argv: list[str] | None) -> None:
     with hold(out) if rank == 0 else nullcontext():
         if rank == 0 and not resume:
             refuse_used(out)  # again: another run may have come and gone meanwhile
-        run = Run(s, model, stages, device, saved_progress(state) if resume else Progress())
+        run = Run(s, model, stages, device, progress)
         run.make_optimizers()
         if rank == 0:
             about = {"settings": asdict(s), "config": asdict(config)}
@@ -406,7 +432,7 @@ def train(argv: list[str] | None) -> None:
         state = None  # as large as the model and its optimizers
         run.train()
         if s.steps and s.test_sample:
-            test(run, examples, split)
+            test(run, examples)
     spent = time.perf_counter() - start
     print(f"{spent:.0f} s in all: {run.trained:.0f} s of training, "
           f"{run.waited / max(run.trained, 1e-9):.1%} of it waiting for data; "

@@ -5,13 +5,14 @@ from pathlib import Path
 
 import torch
 
-from engine.flags import flag, pick
+from engine.flags import as_command, flag, pick, quoted
 from engine.folder import refuse_used
 from engine.processes import rank_and_world
 from nanoaki import PRESETS, Config, NanoAKI, load_file, save_file
 
-RESUMED = ("out", "device", "workers", "save_every", "vocab_size")  # flags free on --resume
+RESUMED = ("out", "data", "device", "workers", "save_every", "vocab_size")  # free on --resume
 INIT = ("mask", "dropout", "order")  # fields of Config free with --init
+STAGE_1 = ("align_steps", "align_lr", "preset")  # settings that --init leaves no use for
 
 
 @dataclass
@@ -24,6 +25,8 @@ class Progress:
     metrics: int = 0        # bytes of metrics.jsonl
     seconds: float = 0.0
     world: int = 1          # processes
+    left_out: int = 0       # examples of batches whose pictures could not be read, with skip_bad
+    data: dict = field(default_factory=dict)  # name -> digest of each file of records
 
 
 def save_run(path: Path, settings, model: NanoAKI, optimizers: list[torch.optim.Optimizer],
@@ -48,9 +51,10 @@ def settle(cls, flags: dict, resume: bool) -> tuple:
     if resume:
         start = out / "last.pt"
         state = load_file(start)
-        if "optimizers" not in state or set(state["settings"]) != {f.name for f in fields(cls)}:
+        if (not {"optimizers", *(f.name for f in fields(Progress))} <= state.keys()
+                or set(state["settings"]) != {f.name for f in fields(cls)}):
             raise ValueError(f"{start}: not a run of this version that can be resumed")
-        same_flags(flags, state["config"] | state["settings"])
+        same_flags(flags, state["config"], cls(**state["settings"]), out)
         settings, config = cls(**state["settings"] | pick(cls, flags)), Config(**state["config"])
     elif settings.init:
         refuse_used(out)
@@ -59,8 +63,7 @@ def settle(cls, flags: dict, resume: bool) -> tuple:
         if state["merges"] is None:
             raise ValueError(f"--init: {start} was saved without a tokenizer")
         for name in flags:
-            if name in ("align_steps", "align_lr", "preset") or (
-                    name in state["config"] and name not in INIT):
+            if name in STAGE_1 or name in state["config"] and name not in INIT:
                 raise ValueError(f"--init brings its own config and skips stage 1: leave out "
                                  f"{flag(name)}")
         config = replace(config, **config_flags(flags))
@@ -84,9 +87,32 @@ def config_flags(flags: dict) -> dict:
     return found
 
 
-def same_flags(flags: dict, saved: dict) -> None:
-    """Raise ValueError for a flag that was another when the run began."""
-    for name, value in flags.items():
-        if name not in RESUMED and value != saved[name]:
-            raise ValueError(f"--resume: {flag(name)} was {saved[name]!r} when it began, not "
-                             f"{value!r}; leave it out, or choose another --out")
+def same_flags(flags: dict, config: dict, settings, out: Path) -> None:
+    """Raise ValueError for a flag that was another when the run began, and say what does it."""
+    saved = config | asdict(settings)
+    changed = [name for name in flags if name not in RESUMED and flags[name] != saved[name]]
+    fixed = [name for name in changed if name in STAGE_1 or name in config and name not in INIT]
+    for name in fixed or changed:
+        advice = "leave it out, or choose another --out"
+        if not fixed:
+            advice = f"to train its model on: {train_on(out, settings, flags)}"
+        raise ValueError(f"--resume: {flag(name)} was {saved[name]!r} when it began, not "
+                         f"{flags[name]!r}; {advice}")
+
+
+def same_data(saved: dict, found: dict, settings, flags: dict) -> None:
+    """Raise ValueError if files of records are not those that a run began with (Progress.data)."""
+    for name in sorted(saved.keys() | found.keys()):
+        if saved.get(name) != found.get(name):
+            raise ValueError(f"--resume: {Path(settings.data) / name} is not as it was when the "
+                             f"run began: put it back; or, to train its model on: "
+                             f"{train_on(Path(settings.out), settings, flags)}")
+
+
+def train_on(out: Path, settings, flags: dict) -> str:
+    """The command of another run that begins with a run's model: its settings, but for flags."""
+    left_out = ("out", "init", *STAGE_1)
+    kept = {f.name: getattr(settings, f.name) for f in fields(settings)
+            if f.name not in left_out and getattr(settings, f.name) != f.default}
+    new = {name: value for name, value in flags.items() if name not in left_out}
+    return quoted(as_command("train.py", {"init": out / "model.pt", "out": f"{out}-on"} | kept | new))

@@ -50,8 +50,8 @@ class Objective(torch.nn.Module):
     def forward(self, batch: Batch, mask: str) -> torch.Tensor:
         """Mean over the targets of a batch, which is brought to the device."""
         gpu = self.device.type == "cuda"  # on MPS, a copy that does not block may read freed memory
-        tensors = [value.to(self.device, non_blocking=gpu) for value in batch[:-2]]
-        batch = Batch(*tensors, batch.ids, batch.problem)
+        batch = Batch(*(value.to(self.device, non_blocking=gpu) if torch.is_tensor(value) else value
+                        for value in batch))
         with autocast(self.device, self.dtype):
             return self.model.loss(batch, mask)
 
@@ -63,3 +63,20 @@ def keep_freed_memory() -> None:
         if mallopt:
             mallopt(-3, 1 << 30)        # M_MMAP_THRESHOLD
             mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
+
+
+def explain(error: RuntimeError) -> str | None:
+    """One line on what torch raises because of a flag, and what helps; None of anything else."""
+    module, lines = type(error).__module__, str(error).strip().splitlines() or [""]
+    reason = lines[0][:200]
+    if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
+        return f"not enough memory: a smaller model, --batch-size, or more --grad-accum ({reason})"
+    if module.startswith(("torch._dynamo", "torch._inductor")):
+        return f"--compile does not work here, leave it out ({reason})"
+    if "DataLoader worker" in str(error):
+        return f"--workers: one has ended; 0 reads in the training process ({reason})"
+    if isinstance(error, (NotImplementedError, torch.AcceleratorError)) or "CUDA" in reason:
+        return f"--device: it cannot do this ({reason})"
+    if "overflow" in reason:
+        return f"the model would be too large ({reason})"
+    return None

@@ -114,6 +114,7 @@ def examine(objective: Objective, examples: Examples, sample: int, mask: str, bl
             **how) -> tuple[float, list[Answered]]:
     """Held-out loss and answers of a sample of examples, always the same; how is answer_all's."""
     indices = np.random.default_rng(0).permutation(len(examples)).tolist()[:sample]
+    indices = examples.readable(indices)
     loss = held_out_loss(objective, examples, indices, mask, how["batch_size"])
     return loss, ask_all(objective.model, examples, indices, mask, blind, **how)
 

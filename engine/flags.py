@@ -1,10 +1,15 @@
 """Command lines: a flag for every field of a dataclass, and one clear line where one is wrong."""
 import argparse
 import difflib
+import os
+import shlex
+import subprocess
 import sys
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
+
+from engine.device import explain
 
 
 def fail(message) -> None:
@@ -20,6 +25,11 @@ def one_line():
         yield
     except (ValueError, OSError, FloatingPointError) as e:
         fail(e)
+    except RuntimeError as e:
+        reason = explain(e)
+        if reason is None:
+            raise
+        fail(reason)
 
 
 def run_script(main) -> None:
@@ -82,3 +92,8 @@ def as_command(script: str, flags: dict) -> list[str]:
         if value is not True:
             command.append(str(value))
     return command
+
+
+def quoted(command: list[str]) -> str:
+    """A command as it is typed on this system."""
+    return subprocess.list2cmdline(command) if os.name == "nt" else shlex.join(command)

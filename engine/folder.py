@@ -5,6 +5,8 @@ import os
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from PIL import Image
+
 
 def refuse_used(folder: Path) -> None:
     """Raise ValueError if a folder for a new run holds more than one killed at its very start."""
@@ -61,15 +63,26 @@ def write_whole(path: Path, text: str) -> None:
     part.replace(path)
 
 
+def save_picture(image: Image.Image, path: Path) -> None:
+    """Write a PNG file whole or not at all."""
+    part = Path(f"{path}.part")
+    image.save(part, "PNG")
+    part.replace(path)
+
+
 class Metrics:
     """A file of JSON lines that grows, and is cut to what a checkpoint knows of."""
 
     def __init__(self, path):
-        self.file = open(path, "a")
+        self.file = open(path, "a+")
 
     def write(self, line: dict) -> None:
         self.file.write(json.dumps(line) + "\n")
         self.file.flush()
+
+    def lines(self) -> list[dict]:
+        self.file.seek(0)
+        return [json.loads(line) for line in self.file]
 
     def size(self) -> int:
         """Its bytes, all of them on the disk."""

@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 
 import draw
+import nanoaki
 from conftest import random_roles, tiny_model
 from draw import (BLOCKED, DIAGONAL, PADDING, SEEN, UNLOCKED, Recorder, attention_maps, draw_attention,
                   draw_mask, mask_grid, mask_states, mask_text, movement, place_labels, word_batch)
@@ -165,7 +166,58 @@ def test_maps_come_with_the_answer_and_are_rows_and_columns_of_all_weights(model
 
 def test_words_of_the_question_are_whole_whatever_their_characters(model, picture):
     found = attention_maps(model, [picture], "caf\u00e9 <image> \u4f60\u597d <b> \U0001f642?", max_new_tokens=1)
-    assert found.words == ["caf\u00e9", "", "\u4f60\u597d", "<b>", "\U0001f642?", "<answer>"]
+    assert found.words == ["caf\u00e9", "\u4f60", "\u597d", "<b>", "\U0001f642?", "<answer>"]
+
+
+@pytest.mark.parametrize("question, words", [
+    ("\u8fd9\u4e2a\u5706 red\u662f\uff1f", ["\u8fd9", "\u4e2a", "\u5706", "red", "\u662f", "\uff1f"]),
+    ("\u304b\u3099\u306a\u30ab", ["\u304b\u3099", "\u306a", "\u30ab"]),
+    ("\uc774 \uc6d0\uc740 \uc0c9?", ["\uc774", "\uc6d0\uc740", "\uc0c9?"]),
+    ("what  color\nis it? ", ["what", "color", "is", "it?"]),
+    ("\u0645\u0627 \u0647\u0648", ["\u0645\u0627", "\u0647\u0648"])], ids=["Chinese", "Japanese", "Korean", "English", "Arabic"])
+def test_where_there_are_no_spaces_a_character_is_a_word(model, picture, monkeypatch, question, words):
+    (roles,), (labels,) = word_batch([question], [question], 2)
+    assert labels == ["image"] * 2 + [*words, "<answer>", *words, "<eos>"]
+    rows = mask_text(roles, labels, ["mma"], 80, fancy=False).splitlines()[-len(labels):]
+    assert [row.split()[0] for row in rows] == labels
+    assert {draw.columns_of(row) for row in rows} == {draw.EDGE + len(labels)}
+    drawn, text = [], draw.text
+    monkeypatch.setattr(draw, "text", lambda string, *args, **how: drawn.append(string) or text(string, *args, **how))
+    draw_mask(roles, labels, ["mma"])
+    assert drawn[:len(words) + 1] == ["image x 2", *words]
+    assert attention_maps(model, [picture], question, max_new_tokens=1).words == [*words, "<answer>"]
+
+
+@pytest.mark.parametrize("merges, labels, tokens", [
+    ([], ["\u7ea2", "\u8272"], [[0, 1, 2], [3, 4, 5]]),
+    ([(0xe7, 0xba)], ["\u7ea2", "\u8272"], [[0, 1], [2, 3, 4]]),
+    ([(0xa2, 0xe8)], ["\u7ea2\u8272"], [[0, 1, 2, 3, 4]]),  # the end of one and the start of the other
+    ([(0xe7, 0xba), (260, 0xa2), (0xe8, 0x89), (262, 0xb2), (261, 263)], ["\u7ea2\u8272"], [[0]])],
+    ids=["bytes", "a part", "parts of two", "whole"])
+def test_the_tokens_of_a_character_are_one_label_and_their_weights_a_mean(picture, monkeypatch, merges, labels, tokens):
+    tokenizer = Tokenizer(merges)
+    model, word = tiny_model(torch.float32, tokenizer), "".join(labels)
+    ids = iter([*tokenizer.encode(word), 0xe4, ord("a"), 299, Tokenizer.eos])  # 299 is no token of it
+    monkeypatch.setattr(nanoaki, "choose", lambda logits, *_: torch.tensor([next(ids)]))
+    found = attention_maps(model, [picture], "<image> " + word)
+    assert found.words == [*labels, "<answer>"] and found.tokens == [*labels, r"\xe4", "a", "", "<eos>"]
+    V, answer = 4, 4 + 1 + sum(map(len, tokens))  # before the word stands a space, at the end <answer>
+    for n, some in enumerate(tokens):
+        looks = found.weights[:, :, [answer + i for i in some], :V].mean(2)
+        reads = found.weights[:, :, :V, [V + 1 + i for i in ([-1, *some] if n == 0 else some)]].sum(-1)
+        assert torch.allclose(found.looks[:, :, n], looks) and torch.allclose(found.reads[:, :, n], reads)
+    assert torch.equal(found.looks[:, :, -1], found.weights[:, :, -1, :V])
+
+
+def test_a_question_may_be_empty(model, picture, tmp_path, capsys):
+    model.save(tmp_path / "model.pt")
+    picture.save(tmp_path / "p.png")
+    for name, more in (("mask.png", []), ("a.png", ["--model", tmp_path / "model.pt", "--image", tmp_path / "p.png"])):
+        draw.main([str(a) for a in ["--ask", "", " ", "--out", tmp_path / name, *more]])
+        assert (tmp_path / name).exists()
+    draw.main(["--ask", "", "--out", "-", "--visual-tokens", "2", "--masks", "mma"])
+    assert [row.split() for row in capsys.readouterr().out.splitlines()[-3:]] == [
+        ["image", "*.o"], ["image", "x*o"], ["<answer>", "xx*"]]
 
 
 def test_only_under_mma_do_visual_tokens_read_the_question_and_move_with_it(model, picture):
@@ -217,7 +269,6 @@ def test_the_command_line_draws_masks_and_attention(model, picture, tmp_path, ca
 
 @pytest.mark.parametrize("argv, words", [
     (["--ask", "a", "--masks", "mmm"], "'mmm' is none of causal"),
-    (["--ask", " "], "a question is empty"),
     (["--ask", "a", "--image", "p.png"], "--image needs --model"),
     (["--ask", "a", "--layer", "1"], "--layer needs --model"),
     (["--ask", "a", "--visual-tokens", "0"], "--visual-tokens must be 1"),

@@ -99,7 +99,7 @@ def leave_gradients(folder: Path, out: Path, hows: list[str]) -> None:
             torch.nn.utils.clip_grad_norm_ = kept
             parts = next(run.load(stage))
             mine = sum(len(part.learned) for part in parts)
-            targets, _, _ = run.agree(mine, "")
+            targets, _, _, _ = run.agree(mine, "")
             if "wrong" in how:  # every process the same weight, whatever it has to learn
                 targets = run.world * mine
             loss = run.step(stage, parts, targets)

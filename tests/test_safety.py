@@ -13,6 +13,7 @@ import sys
 import time
 import traceback
 import weakref
+import zlib
 from contextlib import ExitStack, nullcontext
 
 import pytest
@@ -26,8 +27,8 @@ import train
 from data.batches import Batches, Order
 from data.llava import Examples, Records, read_splits
 from engine.processes import StopSignal, leave_group, load
-from helpers import (ROOT, TINY, held, kill_and_resume, make_tiny, metrics, refused, started,
-                     wait_for, weights)
+from helpers import (ROOT, TINY, held, kill_and_resume, make_tiny, metrics, refused, same, spoil,
+                     started, wait_for, weights)
 from nanoaki import Config, NanoAKI, Tokenizer
 
 SHORT = ["--align-steps", "8", "--steps", "16", "--eval-every", "6"]
@@ -159,8 +160,47 @@ def test_a_picture_that_breaks_in_training_is_one_line_after_a_checkpoint(tmp_pa
     command = ["--data", data, "--out", out, *TINY, *SHORT, "--steps", 60, "--workers", workers]
     assert ends(*command) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert "images/train" in error and "cannot be read" in error
+    assert "images/train" in error and "not a picture" in error
     assert saved(out)["stage"] == 1 and saved(out)["step"] >= 3
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_with_skip_bad_a_run_goes_on_past_broken_pictures_counts_them_and_resumes_exactly(
+        tmp_path, capsys, monkeypatch, workers):
+    data, command = make_tiny(tmp_path / "data", n=24), []
+    for name in ("train3", "train7", "val0", "test1"):
+        spoil(data / f"images/{name}.png")
+    command = ["--data", data, *TINY, *SHORT, "--batch-size", 16, "--workers", workers]
+    assert ends(*command, "--out", tmp_path / "refused") == 2  # the control
+    assert "train" in capsys.readouterr().err.splitlines()[-1]
+    command += ["--skip-bad"]
+    train.main([str(a) for a in command] + ["--out", str(tmp_path / "whole")])
+    said = capsys.readouterr()
+    for name, where in (("train3", said.err), ("train7", said.err), ("val0", said.out),
+                        ("test1", said.out)):
+        assert where.count(f"left out: {data / 'images' / name}.png: not a picture") == 1
+    lines = metrics(tmp_path / "whole")
+    counts = [line["left_out"] for line in lines]
+    assert counts == sorted(counts) and counts[0] > 0 and counts[-1] > counts[1]
+    assert lines[-1]["questions"]["all"] == 6  # of 8, two about each of four pictures
+    at_step(monkeypatch, 9, lambda run: os.kill(os.getpid(), signal.SIGINT))
+    assert ends(*command, "--out", tmp_path / "cut") == 130
+    monkeypatch.undo()
+    train.main(["--out", str(tmp_path / "cut"), "--resume"])
+    assert metrics(tmp_path / "cut") == lines
+    assert same(weights(tmp_path / "cut/last.pt"), weights(tmp_path / "whole/last.pt"))
+
+
+def test_with_skip_bad_steps_with_nothing_to_learn_add_nothing(tmp_path, capsys, monkeypatch):
+    data, found = make_tiny(tmp_path / "data", n=12), []
+    at_step(monkeypatch, 3, lambda run: found.append(
+        [spoil(path) for path in (data / "images").glob("train*")]))
+    train.main(["--data", str(data), *TINY, *SHORT, "--skip-bad", "--out", str(tmp_path / "out")])
+    state = saved(tmp_path / "out")
+    assert found and state["stage"] == 2 and state["left_out"] == 32 * 12
+    assert all(torch.isfinite(value).all() for value in state["model"].values())
+    losses = [line["train_loss"] for line in metrics(tmp_path / "out") if "train_loss" in line]
+    assert losses[1] > 0.3 and losses[2] == 0
 
 
 @pytest.mark.parametrize("name, workers, change", [
@@ -231,8 +271,8 @@ def test_a_signal_while_processes_agree_waits_for_the_next_time_since_only_one_m
         return numbers
 
     monkeypatch.setattr(train, "total", total)
-    assert run.agree(7, "") == (7, 0, False)
-    assert run.agree(7, "") == (7, signal.SIGTERM, False)
+    assert run.agree(7, "") == (7, 0, False, 0)
+    assert run.agree(7, "") == (7, signal.SIGTERM, False, 0)
 
 
 def test_killed_at_ten_random_moments_a_run_ends_as_if_never_killed(tiny, tmp_path):

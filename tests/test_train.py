@@ -1,6 +1,7 @@
 """The training loop, its command line, its optimizer, and what is asked of the model it leaves."""
 import json
 import os
+import shlex
 import signal
 from collections import defaultdict
 from types import SimpleNamespace
@@ -59,7 +60,7 @@ def test_nothing_is_learned_when_pictures_are_shuffled_against_questions(tmp_pat
 
 def test_a_run_leaves_all_its_files_and_a_line_per_evaluation(trained):
     assert {p.name for p in trained.iterdir()} == {"model.pt", "last.pt", "metrics.jsonl",
-                                                   "samples.png", "config.json"}
+                                                   "samples.png", "curves.png", "config.json"}
     lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
     assert [(m["stage"], m["step"]) for m in lines] == [
         ("align", 120), ("instruct", 80), ("instruct", 160), ("instruct", 240), ("test", 240)]
@@ -162,8 +163,61 @@ def test_a_run_is_never_overwritten_and_resume_refuses_a_changed_flag(capsys, tr
     assert "--resume" in refused(capsys, train.main, "--data", tiny, "--out", trained, *TINY)
     error = refused(capsys, train.main, "--out", trained, "--resume", "--lr", "0.02")
     assert "--lr" in error and "0.01" in error and "0.02" in error
+    assert "other --out" in refused(capsys, train.main, "--out", trained, "--resume", "--n-head", "4")
     assert before == ((trained / "metrics.jsonl").read_bytes(),
                       (trained / "model.pt").read_bytes())
+
+
+@pytest.mark.parametrize("flags", [["--steps", "250"], ["--lr", "0.001", "--warmup", "5"],
+                                   ["--data", "OTHER"], ["--mask", "causal"]])
+def test_what_resume_refuses_is_done_by_the_command_that_it_names(
+        capsys, trained, tmp_path, monkeypatch, flags):
+    other = make_tiny(tmp_path / "other folder", n=30)
+    flags = [str(other) if word == "OTHER" else word for word in flags]
+    error = refused(capsys, train.main, "--out", trained, "--resume", *flags)
+    if str(other) in flags:
+        assert f"{other / 'captions.json'} is not as it was" in error
+    words = shlex.split(error.split("to train its model on: ")[1])
+    assert words[:2] == ["python", "train.py"]
+    words[words.index("--out") + 1] = str(tmp_path / "on")
+    if "--steps" not in flags:
+        words[words.index("--steps") + 1] = "3"
+    monkeypatch.setattr(train.Run, "evaluate", lambda *_: None)
+    monkeypatch.setattr(train, "test", lambda *_: None)
+    train.main(words[2:])
+    about = json.loads((tmp_path / "on/config.json").read_text())
+    known = about["config"] | about["settings"]
+    began = json.loads((trained / "config.json").read_text())["settings"]
+    changed = dict(zip((word[2:] for word in flags[::2]), flags[1::2]))
+    assert all(str(known[name.replace("-", "_")]) == value for name, value in changed.items())
+    for name in ("batch_size", "eval_every", "workers", "seed"):
+        assert known[name] == began[name]
+    assert known["init"] == str(trained / "model.pt")
+
+
+def test_a_folder_that_was_moved_is_resumed_and_one_whose_records_changed_is_refused_by_name(
+        capsys, tmp_path):
+    data, moved, out = make_tiny(tmp_path / "data", n=30), tmp_path / "moved", tmp_path / "out"
+    short = [*TINY, "--align-steps", "2", "--steps", "3"]
+    train.main(["--data", str(data), *short, "--out", str(out)])
+    data.rename(moved)
+    capsys.readouterr()
+    assert "train.json: No such file" in refused(capsys, train.main, "--out", out, "--resume")
+    train.main(["--data", str(moved), "--out", str(out), "--resume"])
+    train.main(["--out", str(out), "--data", str(moved), "--resume"])  # it is not remembered
+    capsys.readouterr()
+    for name in ("val.json", "captions.json", "test.json"):
+        path = moved / name
+        text = path.read_text()
+        path.write_text(text + "\n")
+        said = refused(capsys, train.main, "--data", moved, "--out", out, "--resume")
+        assert f"{path} is not as it was" in said and "--init" in said
+        path.unlink()
+        if name != "val.json":
+            said = refused(capsys, train.main, "--data", moved, "--out", out, "--resume")
+            assert f"{path} is not as it was" in said
+        path.write_text(text)
+    train.main(["--data", str(moved), "--out", str(out), "--resume"])
 
 
 # A stage alone, and what is left out -------------------------------------------------------------
@@ -181,7 +235,7 @@ def test_steps_0_is_stage_1_alone_and_init_from_it_is_the_second_stage_bit_for_b
     said = capsys.readouterr().out
     assert "split" not in said and "sample.py" not in said
     assert {p.name for p in first.iterdir()} == {"model.pt", "last.pt", "metrics.jsonl",
-                                                 "config.json"}
+                                                 "curves.png", "config.json"}
     assert metrics(first) == metrics(uncut)[:1]
     assert same(weights(first / "model.pt"), weights(first / "last.pt"))
     train.main(["--out", str(first), "--resume"])  # there is nothing left to do
@@ -297,8 +351,8 @@ def test_the_interactive_prompt_streams_what_ask_answers(capsys, trained, tiny, 
     picture = tiny / "images/test0.png"
     sample.main(["--model", str(trained / "model.pt"), "--image", str(picture)])
     out = capsys.readouterr().out.splitlines()[1:]
-    model, image = NanoAKI.load(trained / "model.pt"), sample.open_picture(str(picture))
-    left, right = model.ask(image, ["what color is left?", "what color is right?"])
+    model = NanoAKI.load(trained / "model.pt")
+    left, right = model.ask(picture, ["what color is left?", "what color is right?"])
     assert out[0] == left and "2 <image>" in out[1] and out[2] == right
 
 
@@ -485,7 +539,7 @@ def test_stopping_after_the_longest_right_answer_changes_no_score(asked, monkeyp
                        for e, answer in zip(map(examples.__getitem__, some), answers)])["accuracy"]
 
     monkeypatch.setattr(model.decoder, "head", seldom_ending)
-    pictures = [sample.open_picture(str(examples[i].pictures[0])) for i in some]
+    pictures = [examples[i].pictures[0] for i in some]
     full = [a.strip() for a in model.ask(pictures, [examples[i].question for i in some])]
     cut = answer_all(model, examples, some)
     assert cut != full and 0 < accuracy(full)["all"] < 0.9
