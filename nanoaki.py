@@ -622,44 +622,33 @@ def pad_batch(sequences: list[tuple[list[int], list[int]]]) -> tuple[Tensor, Ten
 PngImagePlugin.MAX_TEXT_CHUNK = 1 << 26  # 1 MiB would refuse good pictures with long metadata
 
 
-def open_fitted(path, size: int) -> Tensor:
-    """fit_picture of a file, decoded at about the size that is needed; errors name it."""
-    try:
-        with Image.open(path) as image:
-            deep = ";16" in str(image.tile)
-            image.draft(None, (2 * size, 2 * size))  # a JPEG's decoder can skip what is finer
-            fitted = fit_picture(image, size)
-            tops = [top for _, top in image.getextrema()[:3]] if image.mode[:3] == "RGB" else []
-    except Exception as e:  # Pillow raises whatever the bytes make it raise
-        reason = getattr(e, "strerror", None) or f"not a picture that Pillow can read ({e})"
-        raise ValueError(f"{path}: {reason}") from e
-    if deep and tops and max(tops) < 16:
-        raise ValueError(f"{path}: 16 bits a colour hold 12 or fewer, and Pillow reads the upper "
-                         f"8: save it with 8")
-    return fitted
-
-
 def fit_picture(picture, size: int) -> Tensor:
     """A picture as uint8 (3, size, size): upright, on white, letterboxed on grey, never cropped.
 
     It is a path, a PIL image of any mode and depth, or a uint8 array (H, W, 3). What is deeper than
     eight bits is read in the smallest usual range that holds it, 0 to 1 for floats, 0 to 255, 4,095
     or 65,535, else from its least to its greatest value. An animated picture is its first frame.
-    Raises ValueError if it is something else, empty, or has values that are not finite.
+    Raises ValueError if it is something else, broken or empty, or has values that are not finite.
     """
     if isinstance(picture, (str, Path)):
-        return open_fitted(picture, size)
-    image, found = picture, type(picture).__name__
-    if isinstance(picture, np.ndarray):
-        found = f"an array {picture.dtype} {picture.shape}"
-        if picture.dtype == np.uint8 and picture.ndim == 3 and picture.shape[2] == 3:
-            image = Image.fromarray(picture)
-    if not isinstance(image, Image.Image):
+        try:
+            with Image.open(picture) as image:
+                image.draft(None, (2 * size, 2 * size))  # a JPEG's decoder can skip what is finer
+                return fit_picture(image, size)
+        except Exception as e:  # Pillow raises whatever the bytes make it raise
+            reason = getattr(e, "strerror", None) or f"not a picture that Pillow can read ({e})"
+            raise ValueError(f"{picture}: {reason}") from e
+    image = picture
+    if getattr(picture, "dtype", None) == np.uint8 and picture.shape[2:] == (3,) and picture.size:
+        image = Image.fromarray(picture)
+    if not isinstance(image, Image.Image) or 0 in image.size:
+        found = f"{getattr(picture, 'dtype', '')} {getattr(picture, 'shape', '')}".strip()
         raise ValueError(f"a picture must be a path, a PIL image or a uint8 array (H, W, 3), not "
-                         f"{found}")
-    if 0 in image.size:
-        raise ValueError(f"a picture of {image.width} x {image.height} pixels is empty")
+                         f"empty, and not {type(picture).__name__} {found}")
+    deep = ";16" in str(getattr(image, "tile", ""))
     image.load()  # here, since what is broken must not be hidden below
+    if deep and image.mode[:3] == "RGB" and max(top for _, top in image.getextrema()[:3]) < 16:
+        raise ValueError("16 bits a colour hold 12 or fewer, and Pillow reads the upper 8")
     with suppress(Exception):  # broken metadata around good pixels
         image = ImageOps.exif_transpose(image)
     if image.mode[0] in "IF":
@@ -705,14 +694,13 @@ class NanoAKI(Model):
         super().__init__(config)
         self.tokenizer = tokenizer
 
-    def prompt(self, images: list, questions: list[str], history=(),
-               system: str | None = None):
+    def prompt(self, images: list, questions: list[str], history=(), system: str = ""):
         """images, tokens, roles of questions, each with its picture, list of them, or None."""
         if self.tokenizer is None:
             raise ValueError("this model has no tokenizer: NanoAKI(config, tokenizer)")
         if len(images) != len(questions):
             raise ValueError(f"{len(images)} pictures (or lists) for {len(questions)} questions")
-        before = [] if system is None else [("system", system)]
+        before = [("system", system)] if system else []
         for question, answer in history:
             before += [("human", question), ("gpt", answer)]
         rows, squares = [], []
@@ -729,7 +717,7 @@ class NanoAKI(Model):
         return torch.stack(squares).to(tokens.device) if squares else None, tokens, roles
 
     def ask(self, images, questions: str | list[str], max_new_tokens: int | None = None,
-            history=(), system: str | None = None, **sampling) -> str | list[str]:
+            history=(), system: str = "", **sampling) -> str | list[str]:
         """The answer to a question about a picture (see fit_picture), a list of them, or None.
 
         With a list of questions, a list of answers: images then is a list of as many of those, or

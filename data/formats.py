@@ -108,6 +108,8 @@ def settle_ends(turns: list[tuple[str, str]]) -> tuple[list[tuple[str, str]], li
 
     Raises ValueError if no reply follows a question, or if turns do not alternate.
     """
+    if turns and turns[0] == ("system", ""):
+        turns = turns[1:]
     notes, start = [], 1 if turns and turns[0][0] == "system" else 0
     if turns[start:] and turns[start][0] == "gpt":
         notes.append("begin with a reply, which is given and never learned")

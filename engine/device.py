@@ -78,5 +78,5 @@ def explain(error: RuntimeError) -> str | None:
     if isinstance(error, (NotImplementedError, torch.AcceleratorError)) or "CUDA" in reason:
         return f"--device: it cannot do this ({reason})"
     if "overflow" in reason:
-        return f"the model would be too large ({reason})"
+        return f"a number is too large ({reason})"
     return None

@@ -13,8 +13,8 @@ HIDDEN = "\u00ad\u200b\u200c\u200d\u200e\u200f\u2060\ufe0e\ufe0f\ufeff"  # joine
 FOLDERS = ("/usr/share/fonts", "/usr/local/share/fonts", "~/.local/share/fonts", "~/.fonts",
            "/System/Library/Fonts", "/Library/Fonts", "~/Library/Fonts",
            "${WINDIR}/Fonts", "${LOCALAPPDATA}/Microsoft/Windows/Fonts")
-PLAIN = re.compile("sans|arial", re.I)
-STYLED = re.compile("bold|black|light|thin|italic|oblique|condensed|mono|serif", re.I)
+PLAIN = re.compile(r"(sans|arial)[^/\\]*$", re.I)
+STYLED = re.compile(r"(bold|black|light|thin|ital|obli|condensed|mono|serif)[^/\\]*$", re.I)
 open_font = cache(ImageFont.truetype)
 
 
@@ -30,13 +30,13 @@ def font_files() -> list[str]:
 @cache
 def has(path: str, character: str) -> bool:
     """Whether the font in a file, or OWN for "", draws a character: Pillow has no other way."""
-    if character in HIDDEN:
-        return path != ""  # OWN has boxes for them
     try:  # without shaping, which would add a dotted circle to a mark; and what no font has
         font = open_font(path, FONT, layout_engine=ImageFont.Layout.BASIC) if path else OWN
         drawn, box = (bytes(font.getmask(c)) for c in (character, "\U0010FFFF"))
     except OSError:  # it is broken, or has bitmaps of other sizes
         return False
+    if character in HIDDEN:
+        return path != ""  # OWN has boxes for them
     return not any(drawn) if character == " " else any(drawn) and drawn != box
 
 

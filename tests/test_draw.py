@@ -119,6 +119,11 @@ def test_the_terminals_width_is_kept_by_collapsing_image_runs_first():
         mask_text(roles[0], labels[0], ["mma"], 20, fancy=False)
 
 
+def test_wide_characters_take_two_columns_and_marks_none():
+    for string, columns in (("abc", 3), ("\u7ea2\uff1f", 4), ("\u304b\u3099", 2), ("x\u0301\u200d", 1), ("\uc0c9", 2)):
+        assert draw.columns_of(string) == columns
+
+
 def test_colours_are_for_terminals_that_have_not_asked_for_none(monkeypatch, capsys):
     command = ["--ask", "what?", "--out", "-", "--visual-tokens", "2"]
     for terminal, no_color, colored in ((True, "", True), (True, "1", False), (False, "", False)):

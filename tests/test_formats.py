@@ -252,6 +252,12 @@ def test_a_record_with_nothing_to_learn_or_two_turns_of_one_speaker_is_bad(speak
     assert "must alternate" in bad(conversations=talk(*speakers))
 
 
+def test_empty_system_text_is_none():
+    chat, empty = talk("human", "gpt"), {"from": "system", "value": ""}
+    assert parsed(conversations=[empty, *chat]) == parsed(conversations=chat)
+    assert parsed(conversations=[empty | {"value": " "}, *chat]) != parsed(conversations=chat)
+
+
 def test_line_ends_of_windows_are_line_ends(tmp_path):
     def chat(end):
         return {"conversations": [

@@ -556,10 +556,11 @@ def test_ask_refuses_a_path_without_a_picture_by_its_name(speaker, tmp_path):
 
 
 @pytest.mark.parametrize("wrong, words", [
-    (np.zeros((8, 8), np.uint8), "array uint8 (8, 8)"),
-    (np.zeros((8, 8, 3), np.float32), "array float32 (8, 8, 3)"),
-    (np.zeros((2, 8, 8, 3), np.uint8), "(2, 8, 8, 3)"), (np.zeros((0, 8, 3), np.uint8), "empty"),
-    (torch.zeros(3, 8, 8, dtype=torch.uint8), "Tensor"), (7, "int"), (b"png", "bytes"),
+    (np.zeros((8, 8), np.uint8), "ndarray uint8 (8, 8)"),
+    (np.zeros((8, 8, 3), np.float32), "ndarray float32 (8, 8, 3)"),
+    (np.zeros((2, 8, 8, 3), np.uint8), "(2, 8, 8, 3)"), (np.zeros((0, 8, 3), np.uint8), "(0, 8, 3)"),
+    (np.zeros((8, 8, 3, 1), np.uint8), "(8, 8, 3, 1)"), (np.uint8(3), "uint8 ()"),
+    (torch.zeros(8, 8, 3, dtype=torch.uint8), "Tensor"), (7, "int"), (b"png", "bytes"),
     ({"path": "a.png"}, "dict"), (Image.new("RGB", (0, 4)), "empty")])
 def test_what_is_no_picture_is_refused_in_one_line_and_an_array_is_one(speaker, wrong, words):
     for call in (lambda p: fit_picture(p, 8), lambda p: speaker.ask(p, "what?"),

@@ -142,7 +142,7 @@ def test_sixteen_bits_a_colour_are_read_and_refused_where_what_they_hold_would_b
     ramp = (65535 * RAMP)[..., None] * (1, 0.5, 0.25)
     found = fit_picture(sixteen_bits_a_colour(tmp_path / "deep.png", ramp), 8)
     assert abs(found.permute(1, 2, 0).numpy() - ramp / 257).max() <= 1
-    with pytest.raises(ValueError, match="dark.png: 16 bits a colour hold 12 or fewer"):
+    with pytest.raises(ValueError, match="dark.png: .*16 bits a colour hold 12 or fewer"):
         fit_picture(sixteen_bits_a_colour(tmp_path / "dark.png", ramp / 16), 8)
 
 
