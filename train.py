@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from data import shapes
 from data.batches import Batches, Order
-from data.llava import Examples, positions_needed, read_splits
+from data.llava import Examples, fit_tokens, read_splits
 from engine.charts import draw_run
 from engine.checkpoint import Progress, same_data, save_run, saved_progress, settle
 from engine.command import ask_command
@@ -328,15 +328,7 @@ def prepare(s: Settings, config: Config, state: dict | None, longer: bool):
     if state:
         tokenizer = Tokenizer(state["merges"])
     else:
-        texts = [text for name in ("train", "captions") if name in records
-                 for text in records[name].texts(5_000_000)]
-        tokenizer = Tokenizer.train(texts, config.vocab_size)
-        config = replace(config, vocab_size=len(tokenizer))
-        if longer:
-            needed = positions_needed(records.values(), tokenizer, config)
-            if needed > config.block_size:
-                print(f"block size: {needed} positions, for the longest example (--block-size)")
-            config = replace(config, block_size=needed)
+        tokenizer, config = fit_tokens(records, config, longer)
     made = {name: Examples(records[name], tokenizer, config, s.skip_bad)
             for name in ("train", "val", "test") if name in records}
     if s.init:

@@ -20,6 +20,9 @@ SPEAKERS = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt",
 MEDIA = re.compile(r"\.(jpe?g|png|gif|bmp|webp|tiff?|heic|avif|svg|ppm|npy|mp[34]|m4[av]|mpe?g|mov|"
                    r"avi|mkv|webm|wav|flac|ogg|opus|aac)(\?.*)?$", re.IGNORECASE)
 FILMS = ("video", "videos", "audio", "audios")  # keys
+RECORD_KEYS = frozenset(("id", "task", "image", "images", "conversations", "messages"))
+TURN_KEYS = frozenset(("from", "value", "role", "content"))
+PART_KEYS = frozenset(("type", "text", "image"))
 
 
 class Record(NamedTuple):
@@ -37,7 +40,7 @@ def parse_record(item: Any, number: int) -> Record:
     if len(names) != 1 or not isinstance(item[names[0]], list):
         raise ValueError('must be {"id", "image", "conversations": [...]}, or the same with '
                          '"messages"')
-    refuse_media(item, "id", "task", "image", "images", *names)
+    refuse_media(item, RECORD_KEYS)
     if item.get("image") and item.get("images"):
         raise ValueError('has both "image" and "images"')
     listed = item.get("image") or item.get("images") or []
@@ -62,7 +65,7 @@ def parse_turn(turn: Any) -> tuple[str, str, list[str]]:
     """Speaker, text, and for each <image> in human text the path that stands there, if one does."""
     value = None
     if isinstance(turn, dict):
-        refuse_media(turn, "from", "value", "role", "content")
+        refuse_media(turn, TURN_KEYS)
         value = turn.get("value", turn.get("content"))
     if not isinstance(value, (str, list)):
         raise ValueError('each turn must be {"from": "human" or "gpt", "value": text}, or the same '
@@ -71,31 +74,42 @@ def parse_turn(turn: Any) -> tuple[str, str, list[str]]:
     if not isinstance(name, str) or name not in SPEAKERS:
         raise ValueError(f'unknown speaker {name!r}: "human", "gpt" or "system" (in messages '
                          f'"user" and "assistant")')
-    speaker, text, shown = SPEAKERS[name], "", []
-    for part in [{"type": "text", "text": value}] if isinstance(value, str) else value:
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind == "text" and isinstance(part.get("text"), str):
-            text += part["text"]
-            shown += [""] * part["text"].count("<image>")
-        elif kind == "image" and isinstance(part.get("image") or "", str) and speaker == "human":
-            text += "<image>"
-            shown.append(part.get("image") or "")
-        else:
-            raise ValueError('a part of a turn must be {"type": "text", "text": text} or, of a '
-                             'user, {"type": "image", "image": path}')
-        refuse_media(part, "type", "text", "image")
+    speaker, text, shown = SPEAKERS[name], value, []
+    if isinstance(value, list):
+        text, shown = join_parts(value, speaker)
+    elif speaker == "human":
+        shown = [""] * value.count("<image>")
     if speaker == "gpt" and not text.strip():
         raise ValueError("an answer is empty")
     try:
         text.encode()
     except UnicodeEncodeError:
         raise ValueError("text has a lone surrogate, which UTF-8 cannot encode") from None
-    return speaker, text, shown if speaker == "human" else []
+    return speaker, text, shown
 
 
-def refuse_media(item: dict, *known: str) -> None:
+def join_parts(parts: list, speaker: str) -> tuple[str, list[str]]:
+    """Text of the parts of a turn, and for each <image> in it the path that stands there, or ""."""
+    text, shown = "", []
+    for part in parts:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind == "text" and isinstance(part.get("text"), str):
+            text += part["text"]
+            if speaker == "human":
+                shown += [""] * part["text"].count("<image>")
+        elif kind == "image" and isinstance(part.get("image") or "", str) and speaker == "human":
+            text += "<image>"
+            shown.append(part.get("image") or "")
+        else:
+            raise ValueError('a part of a turn must be {"type": "text", "text": text} or, of a '
+                             'user, {"type": "image", "image": path}')
+        refuse_media(part, PART_KEYS)
+    return text, shown
+
+
+def refuse_media(item: dict, known: frozenset[str]) -> None:
     """Raise ValueError where a key that is not known holds a picture or a film."""
-    for key in item.keys() - set(known):
+    for key in item.keys() - known:
         values = item[key] if isinstance(item[key], list) else [item[key]]
         media = [v for v in values if isinstance(v, str) and MEDIA.search(v)]
         if media or key in FILMS and item[key]:

@@ -242,6 +242,23 @@ def read_splits(folder: Path, skip_bad: bool = False, captions: bool = True) -> 
     return records
 
 
+def fit_tokens(records: dict[str, Records], config: Config,
+               longer: bool) -> tuple[Tokenizer, Config]:
+    """A tokenizer of what is trained on, and the config with its vocab_size.
+
+    Where it may be longer, block_size is what the longest example needs, at least the config's.
+    """
+    texts = [text for name in ("train", "captions") if name in records
+             for text in records[name].texts(5_000_000)]
+    tokenizer = Tokenizer.train(texts, config.vocab_size)
+    config = replace(config, vocab_size=len(tokenizer))
+    needed = positions_needed(records.values(), tokenizer, config) if longer else 0
+    if needed > config.block_size:
+        print(f"block size: {needed} positions, for the longest example (--block-size)")
+        config = replace(config, block_size=needed)
+    return tokenizer, config
+
+
 def positions_needed(some: Iterable[Records], tokenizer: Tokenizer, config: Config) -> int:
     """Positions for every example of some Records, histories aside: at least config's block_size.
 
