@@ -84,8 +84,8 @@ def ask_split(model: NanoAKI, args) -> None:
     split = args.split or "test"
     records = read_split(shapes.find(args.data), split, args.skip_bad)
     examples = Examples(records, model.tokenizer, model.config, args.skip_bad)
-    answered = report(model, examples, split, list(range(len(examples))), args.mask,
-                      dtype=args.dtype)
+    indices = examples.readable(list(range(len(examples))))
+    answered = report(model, examples, split, indices, args.mask, dtype=args.dtype)
     if args.out:
         lines = [json.dumps(a._asdict()) + "\n" for a in answered]
         write_whole(args.out, "".join(lines))

@@ -1,10 +1,13 @@
 """Ready for a GPU, as far as a CPU can show it: a step waits for no value, precision is chosen."""
+import os
 from contextlib import nullcontext
 
 import pytest
 import torch
+import torch._inductor.config
 from torch._subclasses.fake_tensor import (DataDependentOutputException,
                                            DynamicOutputShapeException, FakeTensorMode)
+from torch.utils.data import DataLoader, TensorDataset
 
 import engine.device
 import engine.processes
@@ -14,8 +17,9 @@ from data.batches import Batches, Order
 from data.llava import Examples, Records
 from engine.checkpoint import Progress
 from engine.device import choose_device, in_bfloat16
+from engine.flags import one_line
 from engine.optimizer import make_optimizers
-from helpers import make_tiny
+from helpers import TINY, make_tiny
 from nanoaki import Batch, Config, Model, NanoAKI, Tokenizer
 
 CONFIG = Config(vocab_size=300, block_size=64, n_layer=2, n_head=2, n_embd=32, image_size=16,
@@ -198,3 +202,49 @@ def test_memory_is_pinned_and_workers_are_chosen_by_the_runs_device(monkeypatch,
         engine.processes.load([[0] * 4], 0, chosen, torch.device(kind))
     assert [how["num_workers"] for how in asked] == [workers, 0, 3]
     assert {how["pin_memory"] for how in asked} == {pinned}
+
+
+# What torch raises because of a flag -------------------------------------------------------------
+
+
+def loaded_in_vain():
+    data = TensorDataset(torch.zeros(4))
+    for _ in DataLoader(data, num_workers=1, worker_init_fn=lambda worker: os._exit(1)):
+        pass
+
+
+def not_there():  # what an Apple GPU says
+    raise NotImplementedError("The operator 'aten::x' is not currently implemented for the MPS device.")
+
+
+@pytest.mark.parametrize("act, words", [
+    (lambda: torch.empty(10 ** 16), "not enough memory"),
+    (lambda: torch.zeros(2).add_(torch.ones(2), alpha=1e300), "a number is too large"),
+    (loaded_in_vain, "--workers"),
+    (not_there, "--device")])
+def test_what_torch_raises_because_of_a_flag_is_one_line(act, words, capsys):
+    with pytest.raises(RuntimeError) as raised:
+        act()
+    with pytest.raises(SystemExit) as e, one_line():
+        raise raised.value
+    error = capsys.readouterr().err
+    assert e.value.code == 2 and words in error and error.count("\n") == 1
+
+
+def test_other_errors_of_torch_keep_their_traceback():
+    with pytest.raises(RuntimeError, match="must match"), one_line():
+        torch.zeros(2) + torch.zeros(3)
+
+
+def test_compile_without_a_compiler_is_one_line_and_so_is_a_model_too_large(tmp_path, capsys):
+    data = make_tiny(tmp_path / "data", n=12)
+    command = ["--data", data, "--out", tmp_path / "out", *TINY, "--steps", "2"]
+    said = []
+    for flags in (["--n-embd", 10 ** 15], ["--compile"]):
+        with (torch._inductor.config.patch({"cpp.cxx": (None, "/no/compiler")}),
+              pytest.raises(SystemExit) as e):
+            train.main([str(word) for word in [*command, *flags]])
+        said.append(capsys.readouterr().err.replace("\r", "\n").splitlines()[-1])
+        assert e.value.code == 2
+    assert "not enough memory" in said[0]
+    assert "--compile does not work here" in said[1] and "compiler" in said[1]
