@@ -14,6 +14,7 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -125,7 +126,6 @@ class Run:
         self.how = {"dtype": settings.dtype, "batch_size": min(250, max(1, room))}
         self.began = self.saved = time.perf_counter()
         self.waited = self.trained = self.evaluated = 0.0  # seconds of this process
-        self.said = set()  # which pictures were left out, and why
 
     def step(self, stage: Stage, parts: tuple[Batch, ...], targets: int) -> float:
         """Batch, loss, gradient, optimizers; returns the loss.
@@ -191,8 +191,11 @@ class Run:
                 parts = next(batches)
                 self.waited += clock() - start
                 problem = " ".join(part.problem for part in parts).strip()
+                missing = [reason for part in parts for reason in part.left_out]
+                for reason in missing:
+                    say_once(f"left out: {reason}")
                 targets, stop, broken, left_out = self.agree(
-                    sum(len(part.learned) for part in parts), problem, self.left_out(parts))
+                    sum(len(part.learned) for part in parts), problem, len(missing))
                 if broken:
                     self.save()
                     if problem:
@@ -228,15 +231,6 @@ class Run:
         if signals and not mine:
             stop = signal.SIGTERM
         return int(targets), stop, problems > 0, int(left_out)
-
-    def left_out(self, parts: tuple[Batch, ...]) -> int:
-        """How many examples of this process's parts could not be read; each reason is said once."""
-        reasons = [reason for part in parts for reason in part.left_out]
-        for reason in dict.fromkeys(reasons):
-            if reason not in self.said:
-                tqdm.write(f"left out: {reason}", file=sys.stderr)
-        self.said.update(reasons)
-        return len(reasons)
 
     def load(self, stage: Stage):
         """For each step that is left of a stage, this process's parts of its batch."""
@@ -316,6 +310,11 @@ class Run:
 def read(*numbers: Tensor) -> list[float]:
     """Numbers of the device: the one place of a step where the host waits for it."""
     return torch.stack(numbers).tolist()
+
+
+@cache
+def say_once(line: str) -> None:
+    tqdm.write(line, file=sys.stderr)
 
 
 def prepare(s: Settings, config: Config, state: dict | None, longer: bool):
