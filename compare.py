@@ -22,6 +22,7 @@ from typing import NamedTuple, TextIO
 import torch
 from tqdm import tqdm
 
+from data.llava import file_of
 from data.shapes import find
 from engine.checkpoint import INIT, RESUMED, settle
 from engine.children import failure, start, stop, wait_for_others
@@ -305,7 +306,7 @@ def plan(masks: str, seeds: int, jobs: int | None, flags: dict) -> Comparison:
     device, reason = choose_device(settings.device, settings.dtype)
     cores, folder = torch.get_num_threads(), find(settings.data)
     jobs = jobs or (min(cores, 4) if device.type == "cpu" else 1)
-    if not (folder / "train.json").exists():
+    if not file_of(folder, "train"):
         raise ValueError(f"there is no {folder / 'train.json'}")
     aligns = settings.align_steps > 0 and not settings.init and (folder / "captions.json").exists()
     return Comparison(

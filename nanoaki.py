@@ -227,7 +227,7 @@ class Batch(NamedTuple):
     learned: Tensor  # int64: flat indices of what has a target, never the first of a row
     ids: list[str]   # of the records, one per row
     problem: str     # what was wrong with the file of records or a picture; "" if nothing
-    left_out: list[str] = []  # examples that have no row, and what is wrong with their pictures
+    unread: list[str]  # for each example without a row, what was wrong with a picture
 
 
 class Model(nn.Module):
@@ -606,7 +606,7 @@ def build_sequence(tokenizer: Tokenizer, config: Config, turns: list[tuple[str, 
     if len(prompt) > room:
         raise ValueError(f"{len(prompt)} tokens of pictures and text and "
                          f"{config.block_size - room} of an answer are more than the model's "
-                         f"{config.block_size} positions (train.py --block-size)")
+                         f"{config.block_size} positions (--block-size, when it is trained)")
     roles = [IMAGE if token == tokenizer.image else PROMPT for token in prompt]
     return prompt + generated, roles + [ANSWER] * len(generated)
 
@@ -619,7 +619,8 @@ def pad_batch(sequences: list[tuple[list[int], list[int]]]) -> tuple[Tensor, Ten
     return tokens, roles, torch.where(roles == ANSWER, tokens, -100)
 
 
-PngImagePlugin.MAX_TEXT_CHUNK = 1 << 26  # 1 MiB would refuse good pictures with long metadata
+# Pillow's 1 MiB would refuse good pictures with long metadata.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 1 << 28
 
 
 def fit_picture(picture, size: int) -> Tensor:
@@ -627,7 +628,7 @@ def fit_picture(picture, size: int) -> Tensor:
 
     It is a path, a PIL image of any mode and depth, or a uint8 array (H, W, 3). What is deeper than
     eight bits is read in the smallest usual range that holds it, 0 to 1 for floats, 0 to 255, 4,095
-    or 65,535, else from its least to its greatest value. An animated picture is its first frame.
+    or 65,535, else from its least to its greatest value. Of an animated file it is the first frame.
     Raises ValueError if it is something else, broken or empty, or has values that are not finite.
     """
     if isinstance(picture, (str, Path)):
@@ -636,17 +637,21 @@ def fit_picture(picture, size: int) -> Tensor:
                 image.draft(None, (2 * size, 2 * size))  # a JPEG's decoder can skip what is finer
                 return fit_picture(image, size)
         except Exception as e:  # Pillow raises whatever the bytes make it raise
-            reason = getattr(e, "strerror", None) or f"not a picture that Pillow can read ({e})"
+            reason = getattr(e, "strerror", None) or f"not a picture that can be read ({e})"
             raise ValueError(f"{picture}: {reason}") from e
     image = picture
-    if getattr(picture, "dtype", None) == np.uint8 and picture.shape[2:] == (3,) and picture.size:
-        image = Image.fromarray(picture)
+    if isinstance(picture, np.ndarray) and picture.dtype == np.uint8 and picture.ndim == 3:
+        if picture.shape[2] == 3 and picture.size:
+            image = Image.fromarray(picture)
     if not isinstance(image, Image.Image) or 0 in image.size:
-        found = f"{getattr(picture, 'dtype', '')} {getattr(picture, 'shape', '')}".strip()
+        what = f"{getattr(picture, 'dtype', '')} {getattr(picture, 'shape', '')}"
         raise ValueError(f"a picture must be a path, a PIL image or a uint8 array (H, W, 3), not "
-                         f"empty, and not {type(picture).__name__} {found}")
+                         f"empty; this is {type(picture).__name__} {what}")
     deep = ";16" in str(getattr(image, "tile", ""))
-    image.load()  # here, since what is broken must not be hidden below
+    try:
+        image.load()  # here, since what is broken must not be hidden below
+    except (OSError, SyntaxError) as e:
+        raise ValueError(f"the picture cannot be decoded: {e}") from e
     if deep and image.mode[:3] == "RGB" and max(top for _, top in image.getextrema()[:3]) < 16:
         raise ValueError("16 bits a colour hold 12 or fewer, and Pillow reads the upper 8")
     with suppress(Exception):  # broken metadata around good pixels
@@ -677,8 +682,7 @@ def to_eight_bits(image: Image.Image) -> Image.Image:
     fitting = [top for top in usual if 0 <= low and high <= top]
     if fitting:
         low, high = 0, fitting[0]
-    share = (values - low) / max(high - low, 1e-30)
-    return Image.fromarray((255 * share).round().astype(np.uint8))
+    return Image.fromarray(np.interp(values, (low, high), (0, 255)).round().astype(np.uint8))
 
 
 class NanoAKI(Model):

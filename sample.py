@@ -12,6 +12,7 @@ Without --chat each question stays on its own: a model that was trained on singl
 default one is, answers a second turn badly.
 """
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -25,7 +26,8 @@ from engine.flags import Parser, flag, one_line, run_script
 from engine.folder import write_whole
 from nanoaki import MASKS, NanoAKI, fit_picture
 
-COMMANDS = "/new begins another conversation, /image FILE shows a picture"
+COMMANDS = ("with --chat, /new begins another conversation, without pictures, and /image FILE "
+            "shows one")
 
 
 def print_answer(model: NanoAKI, pictures: list[str], texts: list[str], system, **how) -> str:
@@ -47,15 +49,17 @@ def prompt(model: NanoAKI, first: list[str], history: list[str], chat: bool, **h
         while line := input("> "):
             command, _, path = line.partition(" ")
             try:
-                if not chat:
-                    print_answer(model, first, [*history, line], **how)
-                elif command == "/new":
-                    pictures, texts = first, []
-                elif command == "/image" and path.strip():
-                    fit_picture(path.strip(), model.config.image_size)
-                    pictures = [*pictures, path.strip()]
+                if chat and command == "/new":
+                    first, pictures, texts = [], [], []
+                elif chat and command == "/image" and path.strip():
+                    path = os.path.expanduser(path.strip().strip("\"'"))
+                    fit_picture(path, model.config.image_size)
+                    pictures = [*pictures, path]
+                    print(f"{path} is shown with the next question")
                 elif command.startswith("/"):
                     print(COMMANDS)
+                elif not chat:
+                    print_answer(model, first, [*history, line], **how)
                 else:
                     asked = write_pictures([*texts, line], len(first), len(pictures))
                     texts = [*asked, print_answer(model, pictures, asked, **how)]
@@ -71,10 +75,10 @@ def write_pictures(texts: list[str], first: int, pictures: int) -> list[str]:
     So many first pictures belong to the first question, which may be history, as with --ask.
     """
     *texts, question = texts
-    written = sum(text.count("<image>") for text in texts[::2])
-    if "<image>" not in question:
-        if texts and not written:
-            texts[0], written = "<image>" * first + texts[0], first
+    written, asked = sum(text.count("<image>") for text in texts[::2]), question.count("<image>")
+    if texts and not written and asked in (0, pictures - first):
+        texts[0], written = "<image>" * first + texts[0], first
+    if not asked:
         question = "<image>" * (pictures - written) + question
     return [*texts, question]
 
@@ -87,7 +91,7 @@ def ask_split(model: NanoAKI, args) -> None:
     indices = examples.readable(list(range(len(examples))))
     answered = report(model, examples, split, indices, args.mask, dtype=args.dtype)
     if args.out:
-        lines = [json.dumps(a._asdict()) + "\n" for a in answered]
+        lines = [json.dumps(a._asdict(), ensure_ascii=False) + "\n" for a in answered]
         write_whole(args.out, "".join(lines))
 
 

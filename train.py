@@ -14,7 +14,6 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -25,10 +24,10 @@ from tqdm import tqdm
 
 from data import shapes
 from data.batches import Batches, Order
-from data.llava import Examples, fit_tokens, read_splits
+from data.llava import Examples, fit_tokens, read_splits, say_once
 from engine.charts import draw_run
 from engine.checkpoint import Progress, same_data, save_run, saved_progress, settle
-from engine.command import ask_command
+from engine.command import ask_command, example_to_ask
 from engine.device import Objective, choose_device, in_bfloat16, keep_freed_memory
 from engine.evaluation import draw_answered, examine, report
 from engine.flags import Parser, one_line, quoted, run_script
@@ -126,6 +125,7 @@ class Run:
         self.how = {"dtype": settings.dtype, "batch_size": min(250, max(1, room))}
         self.began = self.saved = time.perf_counter()
         self.waited = self.trained = self.evaluated = 0.0  # seconds of this process
+        self.said = set()  # why examples were left out
 
     def step(self, stage: Stage, parts: tuple[Batch, ...], targets: int) -> float:
         """Batch, loss, gradient, optimizers; returns the loss.
@@ -191,11 +191,11 @@ class Run:
                 parts = next(batches)
                 self.waited += clock() - start
                 problem = " ".join(part.problem for part in parts).strip()
-                missing = [reason for part in parts for reason in part.left_out]
-                for reason in missing:
-                    say_once(f"left out: {reason}")
+                unread = [reason for part in parts for reason in part.unread]
+                for reason in unread:
+                    say_once(f"left out: {reason}", self.said)
                 targets, stop, broken, left_out = self.agree(
-                    sum(len(part.learned) for part in parts), problem, len(missing))
+                    sum(len(part.learned) for part in parts), problem, len(unread))
                 if broken:
                     self.save()
                     if problem:
@@ -260,6 +260,9 @@ class Run:
         loss, answered = examine(self.objective, stage.held_out, stage.eval_sample, stage.mask,
                                  instruct, **self.how)
         self.model.train()
+        if not answered:
+            print("no held-out picture can be read: there is nothing to evaluate")
+            return
         found, train_loss = scores(answered), float(np.mean(now.losses))
         self.log(stage=stage.name, step=now.step, train_loss=train_loss, val_loss=loss, **found,
                  samples_per_second=round(speed, 1))
@@ -312,18 +315,13 @@ def read(*numbers: Tensor) -> list[float]:
     return torch.stack(numbers).tolist()
 
 
-@cache
-def say_once(line: str) -> None:
-    tqdm.write(line, file=sys.stderr)
-
-
 def prepare(s: Settings, config: Config, state: dict | None, longer: bool):
     """(tokenizer, config, stages, examples of the report, digest of each file); ValueError.
 
     state is a checkpoint whose tokenizer is taken; longer lets the data choose block_size.
     """
     folder, stages = shapes.find(s.data), []
-    records = read_splits(folder, s.skip_bad, captions=not s.init)
+    records = read_splits(folder, s.skip_bad, captions=not s.init and s.align_steps > 0)
     if state:
         tokenizer = Tokenizer(state["merges"])
     else:
@@ -332,7 +330,7 @@ def prepare(s: Settings, config: Config, state: dict | None, longer: bool):
             for name in ("train", "val", "test") if name in records}
     if s.init:
         print(f"stage 1 is skipped: the weights are those of {s.init}")
-    elif "captions" not in records or not s.align_steps:
+    elif "captions" not in records:
         print("stage 1 is skipped: no captions.json" if s.align_steps else "stage 1 is skipped")
     else:
         captions = [Examples(some, tokenizer, config, s.skip_bad)
@@ -366,12 +364,13 @@ def test(run: Run, examples: Examples) -> None:
         indices = indices[:run.settings.test_sample]
         print(f"the report is on {len(indices):,} of {len(examples):,} questions (--test-sample)")
     indices = examples.readable(indices)
+    if not indices:
+        raise ValueError(f"{examples.records.path}: no picture can be read: there is no report")
     answered = report(model, examples, split, indices, **run.how)
     run.log(stage=split, step=run.settings.steps, **scores(answered))
     if run.rank == 0:
         save_picture(draw_answered(examples, indices[:12], answered), run.out / "samples.png")
-    first = examples.replies.record == examples.replies.record[0]
-    command = ask_command(run.out / "model.pt", examples[int(first.sum()) - 1], model.config.order)
+    command = ask_command(run.out / "model.pt", example_to_ask(examples), model.config.order)
     print(f"some of them, with pictures: {run.out / 'samples.png'}\nask it yourself:\n  {command}")
     run.evaluated += time.perf_counter() - start
 

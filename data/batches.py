@@ -86,7 +86,7 @@ class Batches(Dataset):
 
     The orders (Config.order) take turns by step. What is wrong with a file or a picture that was
     good when it was checked is the batch's problem, and it holds nothing else; pictures that
-    examples with skip_bad leave out are in left_out.
+    examples with skip_bad leave out are in unread.
     """
 
     def __init__(self, examples: Examples, order: Order, part: int = 0, parts: int = 1,
@@ -106,7 +106,7 @@ class Batches(Dataset):
             return make_batch(self.examples, indices, picture_order, seed)
         except ValueError as e:  # raised in a worker, it would reach the user as a traceback
             none = torch.empty(0, dtype=torch.int64)
-            return Batch(none, none, none, none, none, none, none, [], problem=str(e))
+            return Batch(none, none, none, none, none, none, none, [], problem=str(e), unread=[])
 
 
 def make_batch(examples: Examples, indices: list[int], picture_order: str,
@@ -115,7 +115,7 @@ def make_batch(examples: Examples, indices: list[int], picture_order: str,
 
     Raises ValueError on a broken picture; with examples' skip_bad, what shows it is left out.
     """
-    rows, images, left_out = [], {}, []
+    rows, images, unread = [], {}, []
     for example in examples.some(indices, picture_order):
         try:
             for path in example.pictures:
@@ -124,8 +124,8 @@ def make_batch(examples: Examples, indices: list[int], picture_order: str,
             rows.append(example)
         except ValueError as e:
             if not examples.skip_bad:
-                raise
-            left_out.append(str(e))
+                raise ValueError(f"{e}; --skip-bad, also with --resume, leaves it out") from e
+            unread.append(str(e))
     if augment_seed is not None:  # a function of seed, step and picture, however a batch is split
         for path in images:
             name = zlib.crc32(path.relative_to(examples.records.path.parent).as_posix().encode())
@@ -138,7 +138,7 @@ def make_batch(examples: Examples, indices: list[int], picture_order: str,
     return Batch(torch.stack(pictures), torch.tensor(shown, dtype=torch.int64), tokens,
                  roles, targets, visual=(roles == IMAGE).flatten().nonzero()[:, 0],
                  learned=(targets != -100).flatten().nonzero()[:, 0],
-                 ids=[example.id for example in rows], problem="", left_out=left_out)
+                 ids=[example.id for example in rows], problem="", unread=unread)
 
 
 def augment(picture: Tensor, rng: np.random.Generator) -> Tensor:

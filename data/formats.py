@@ -4,7 +4,6 @@ What a file of records may look like, and what may be wrong with one (data/READM
     for number, (item, start, stop) in enumerate(items(Path("data/shapes-seed0/train.json"))):
         record = parse_record(item, number)
 """
-import codecs
 import json
 import re
 import warnings
@@ -17,8 +16,9 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # to
 
 SPEAKERS = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt",
             "system": "system"}
-MEDIA = re.compile(r"\.(jpe?g|png|gif|bmp|webp|tiff?|heic|avif|svg|ppm|npy|mp[34]|m4[av]|mpe?g|mov|"
-                   r"avi|mkv|webm|wav|flac|ogg|opus|aac)(\?.*)?$", re.IGNORECASE)
+MEDIA = re.compile(r"\.(jpe?g|jpe|jfif|jp2|png|gif|bmp|webp|tiff?|heic|heif|avif|svg|p[bgnp]m|tga|"
+                   r"ico|dng|npy|mp[34]|m4[av]|mpe?g|mov|avi|mkv|webm|wm[av]|flv|3gp|wav|aiff?|flac|"
+                   r"ogg|opus|aac)(\?.*)?\s*$", re.IGNORECASE)
 FILMS = ("video", "videos", "audio", "audios")  # keys
 RECORD_KEYS = frozenset(("id", "task", "image", "images", "conversations", "messages"))
 TURN_KEYS = frozenset(("from", "value", "role", "content"))
@@ -37,7 +37,9 @@ def parse_record(item: Any, number: int) -> Record:
     """The record that an item of a file is; raises ValueError that says what is wrong with it."""
     known = item if isinstance(item, dict) else {}
     names = [name for name in ("conversations", "messages") if known.get(name) is not None]
-    if len(names) != 1 or not isinstance(item[names[0]], list):
+    if len(names) == 2:
+        raise ValueError('has both "conversations" and "messages"')
+    if not names or not isinstance(item[names[0]], list):
         raise ValueError('must be {"id", "image", "conversations": [...]}, or the same with '
                          '"messages"')
     refuse_media(item, RECORD_KEYS)
@@ -57,20 +59,22 @@ def parse_record(item: Any, number: int) -> Record:
             if path:  # where there is none, place_pictures will miss it
                 pictures.append(path)
     turns, notes = settle_ends(turns)
-    return Record(str(item.get("id", number)), str(item.get("task") or ""), [*pictures, *listed],
-                  turns, notes)
+    task = str(item.get("task") or "")
+    if task == "all":
+        raise ValueError('"task" must not be "all", which the sum is called')
+    return Record(str(item.get("id", number)), task, [*pictures, *listed], turns, notes)
 
 
 def parse_turn(turn: Any) -> tuple[str, str, list[str]]:
     """Speaker, text, and for each <image> in human text the path that stands there, if one does."""
-    value = None
+    values = []
     if isinstance(turn, dict):
         refuse_media(turn, TURN_KEYS)
-        value = turn.get("value", turn.get("content"))
-    if not isinstance(value, (str, list)):
+        values = [turn[key] for key in ("value", "content") if turn.get(key) is not None]
+    if len(values) != 1 or not isinstance(values[0], (str, list)):
         raise ValueError('each turn must be {"from": "human" or "gpt", "value": text}, or the same '
                          'with "role" ("user" or "assistant") and "content"')
-    name = turn.get("from", turn.get("role"))
+    value, name = values[0], turn.get("from", turn.get("role"))
     if not isinstance(name, str) or name not in SPEAKERS:
         raise ValueError(f'unknown speaker {name!r}: "human", "gpt" or "system" (in messages '
                          f'"user" and "assistant")')
@@ -93,11 +97,12 @@ def join_parts(parts: list, speaker: str) -> tuple[str, list[str]]:
     text, shown = "", []
     for part in parts:
         kind = part.get("type") if isinstance(part, dict) else None
-        if kind == "text" and isinstance(part.get("text"), str):
+        if kind == "text" and isinstance(part.get("text"), str) and not part.get("image"):
             text += part["text"]
             if speaker == "human":
                 shown += [""] * part["text"].count("<image>")
-        elif kind == "image" and isinstance(part.get("image") or "", str) and speaker == "human":
+        elif (kind == "image" and isinstance(part.get("image") or "", str) and not part.get("text")
+              and speaker == "human"):
             text += "<image>"
             shown.append(part.get("image") or "")
         else:
@@ -114,7 +119,7 @@ def refuse_media(item: dict, known: frozenset[str]) -> None:
         media = [v for v in values if isinstance(v, str) and MEDIA.search(v)]
         if media or key in FILMS and item[key]:
             raise ValueError(f'{key!r} is not read, and holds {str((media or values)[0])[:80]!r}: '
-                             f'pictures stand under "image", films and sounds nowhere')
+                             f'pictures stand under "image" of the record, films nowhere')
 
 
 def settle_ends(turns: list[tuple[str, str]]) -> tuple[list[tuple[str, str]], list[str]]:
@@ -186,10 +191,8 @@ def json_lines(path: Path) -> Iterator[tuple[Any, int, int]]:
         stop = 0
         for number, line in enumerate(file, 1):
             start, stop = stop, stop + len(line)
-            if number == 1 and line.startswith(codecs.BOM_UTF8):
-                start, line = 3, line[3:]
-            if line.strip():
-                text = line.decode()
+            text = line.decode("utf-8-sig")  # Windows editors put a mark in front
+            if text.strip():
                 try:
                     item = json.loads(text)
                 except (RecursionError, ValueError) as e:

@@ -11,6 +11,7 @@ processes share it and copy nothing.
 import hashlib
 import json
 import os
+import re
 import sys
 from array import array
 from collections import Counter
@@ -27,13 +28,22 @@ from tqdm import tqdm
 from data.formats import Record, check_picture, items, parse_record
 from nanoaki import ANSWER, Config, Tokenizer, build_sequence, fit_picture, place_pictures
 
+EDGE_PICTURES = re.compile(r"^(\s*<image>)+|(<image>\s*)+$")  # where they need not be shown
 LONGEST = 2048  # positions, where the data choose how many a model has
+
+def say_once(line: str, said: set[str]) -> None:
+    """Print a line on standard error if it is not among those said before."""
+    if line not in said:
+        said.add(line)
+        tqdm.write(line, file=sys.stderr)
+
 
 def refuse(path: Path, bad: list[str], total: int, skip: bool) -> None:
     """Raise ValueError that counts the bad and shows ten of them, or, to skip them, say so."""
-    lines = "\n  ".join([f"{path}: {len(bad):,} of {total:,} are bad", *bad[:10]])
+    more = [f"and {len(bad) - 10:,} more"] if len(bad) > 10 else []
+    lines = "\n  ".join([f"{path}: {len(bad):,} of {total:,} are bad", *bad[:10], *more])
     if bad and not skip:
-        raise ValueError(lines + "\n  (--skip-bad trains on the rest)")
+        raise ValueError(lines + "\n  (--skip-bad leaves them out)")
     if bad:
         print(f"skipping: {lines}", file=sys.stderr)
 
@@ -207,7 +217,7 @@ class Records:
 
 
 def file_of(folder: Path, name: str) -> Path | None:
-    """The file of a split, .json or .jsonl, if there is one; raises ValueError if there are both."""
+    """The file of a split, .json or .jsonl, if there is one; raises ValueError on both."""
     found = [folder / f"{name}{kind}" for kind in (".json", ".jsonl")]
     found = [path for path in found if path.exists()]
     if len(found) > 1:
@@ -254,7 +264,8 @@ def fit_tokens(records: dict[str, Records], config: Config,
     config = replace(config, vocab_size=len(tokenizer))
     needed = positions_needed(records.values(), tokenizer, config) if longer else 0
     if needed > config.block_size:
-        print(f"block size: {needed} positions, for the longest example (--block-size)")
+        more = ", the most that data may ask for" if needed == LONGEST else ""
+        print(f"block size: {needed} positions, for the longest example{more} (--block-size)")
         config = replace(config, block_size=needed)
     return tokenizer, config
 
@@ -278,11 +289,11 @@ def least_positions(records: Records, i: int, tokenizer: Tokenizer, config: Conf
     """Positions that a reply needs with pictures, system text and question, but no history."""
     (record,) = records.records([int(records.replies.record[i])])
     turn = int(records.replies.turn[i])
-    before = place_pictures(record.turns, len(record.pictures))[:turn]
+    placed = place_pictures(record.turns, len(record.pictures))
+    before, (_, (answer,)) = placed[:turn], placed[turn]
     kept = [given for given in before[:-1] if given[0] == "system"] + before[-1:]
     shown = sum(len(pieces) - 1 for _, pieces in kept)
-    tokens, _ = build_sequence(tokenizer, replace(config, block_size=1 << 30), kept,
-                               record.turns[turn][1])
+    tokens, _ = build_sequence(tokenizer, replace(config, block_size=1 << 30), kept, answer)
     return len(tokens) + (int(records.replies.pictures[i]) - shown) * config.visual_tokens
 
 
@@ -312,7 +323,7 @@ class Examples:
     def __init__(self, records: Records, tokenizer: Tokenizer, config: Config,
                  skip_bad: bool = False):
         self.records, self.tokenizer, self.config = records, tokenizer, config
-        self.replies, self.skip_bad, self.broken = records.replies, skip_bad, {}
+        self.replies, self.skip_bad, self.said = records.replies, skip_bad, set()
         bad = self.too_long()
         refuse(records.path, list(bad.values()), len(self), skip_bad)
         self.skipped = records.skipped + len(bad)
@@ -339,8 +350,8 @@ class Examples:
             before, (_, (answer,)) = placed[:turn], placed[turn]
             whole = build_sequence(self.tokenizer, self.config, before, answer)
             start = whole[1].index(ANSWER)
-            found.append(Example(record.id, record.task, record.turns[:turn],
-                                 "".join(before[-1][1]).strip(), answer,
+            question = EDGE_PICTURES.sub("", "<image>".join(before[-1][1])).strip()
+            found.append(Example(record.id, record.task, record.turns[:turn], question, answer,
                                  (whole[0][:start], whole[1][:start]), whole,
                                  [folder / path for path in record.pictures[:shown]]))
         return found
@@ -353,19 +364,14 @@ class Examples:
         """Those whose pictures can be read now: with skip_bad; else, which cannot is an error."""
         if not self.skip_bad:
             return indices
-        shown = {i: example.pictures for i, example in
-                 zip(indices, self.some(indices, self.config.order))}
-        for path in {path: True for pictures in shown.values() for path in pictures}:
+        some, broken = self.some(indices, self.config.order), set()
+        for path in {path: True for example in some for path in example.pictures}:
             try:
                 self.picture(path)
             except ValueError as e:
-                if path not in self.broken:
-                    print(f"left out: {e}")
-                self.broken[path] = str(e)
-        good = [i for i in indices if not self.broken.keys() & set(shown[i])]
-        if not good:
-            raise ValueError(f"{self.records.path}: there is no picture that can be read")
-        return good
+                broken.add(path)
+                say_once(f"left out: {e}", self.said)
+        return [i for i, example in zip(indices, some) if not broken & set(example.pictures)]
 
     def too_long(self) -> dict[int, str]:
         """Of each example that does not fit the positions, what to say of it."""
@@ -377,7 +383,7 @@ class Examples:
             except ValueError as e:
                 number = int(r.record[i])
                 (record,) = self.records.records([number])
-                found[i] = f"record {number} (id {record.id!r}): {e}"
+                found[i] = f"record {number} (id {record.id!r}), turn {int(r.turn[i])}: {e}"
         return found
 
     @cached_property

@@ -10,7 +10,8 @@ from engine.folder import refuse_used
 from engine.processes import rank_and_world
 from nanoaki import PRESETS, Config, NanoAKI, load_file, save_file
 
-RESUMED = ("out", "data", "device", "workers", "save_every", "vocab_size")  # free on --resume
+RESUMED = ("out", "device", "workers", "save_every", "vocab_size")  # flags free on --resume
+THERE = ("data", "skip_bad")  # free too: the folder may have moved, a picture may have broken
 INIT = ("mask", "dropout", "order")  # fields of Config free with --init
 STAGE_1 = ("align_steps", "align_lr", "preset")  # settings that --init leaves no use for
 
@@ -90,7 +91,7 @@ def config_flags(flags: dict) -> dict:
 def same_flags(flags: dict, config: dict, settings, out: Path) -> None:
     """Raise ValueError for a flag that was another when the run began, and say what does it."""
     saved = config | asdict(settings)
-    changed = [name for name in flags if name not in RESUMED and flags[name] != saved[name]]
+    changed = [name for name in flags if name not in RESUMED + THERE and flags[name] != saved[name]]
     fixed = [name for name in changed if name in STAGE_1 or name in config and name not in INIT]
     for name in fixed or changed:
         advice = "leave it out, or choose another --out"
@@ -115,4 +116,5 @@ def train_on(out: Path, settings, flags: dict) -> str:
     kept = {f.name: getattr(settings, f.name) for f in fields(settings)
             if f.name not in left_out and getattr(settings, f.name) != f.default}
     new = {name: value for name, value in flags.items() if name not in left_out}
-    return quoted(as_command("train.py", {"init": out / "model.pt", "out": f"{out}-on"} | kept | new))
+    begin = {"init": out / "model.pt", "out": f"{out}-on"}
+    return quoted(as_command("train.py", begin | kept | new))

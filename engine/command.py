@@ -1,10 +1,17 @@
 """The command that asks a model an example of a dataset again: train.py prints one at its end."""
-import os
-import shlex
-import subprocess
+from data.llava import Example, Examples
+from engine.flags import quoted
+from nanoaki import build_sequence, place_pictures
 
-from data.llava import Example
-from nanoaki import place_pictures
+
+def example_to_ask(examples: Examples) -> Example:
+    """The last reply of the first record whose history was not cut to make room for the answer."""
+    replies = int((examples.replies.record == examples.replies.record[0]).sum())
+    for example in [examples[i] for i in reversed(range(replies))]:
+        placed = place_pictures(example.turns, len(example.pictures), examples.config.order)
+        if build_sequence(examples.tokenizer, examples.config, placed) == example.prompt:
+            break
+    return example
 
 
 def ask_command(model_path, example: Example, order: str) -> str:
@@ -29,4 +36,4 @@ def ask_command(model_path, example: Example, order: str) -> str:
             words += [f"{flag}={text}" for text in texts]
         elif texts:
             words += [flag, *texts]
-    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
+    return quoted(words)

@@ -1,4 +1,5 @@
 """Evaluation: what a model answers, and what it answers blind, about another record's pictures."""
+import math
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from tqdm import tqdm
 from data.batches import make_batch
 from data.llava import Examples
 from engine.device import Objective, autocast
-from engine.pictures import draw_samples
+from engine.pictures import draw_samples, join, padded
 from engine.processes import rank_and_world, total
 from engine.scores import Answered, table
 from nanoaki import NanoAKI, pad_batch
@@ -28,13 +29,17 @@ def report(model: NanoAKI, examples: Examples, split: str, indices: list[int],
 
 
 def draw_answered(examples: Examples, indices: list[int], answered: list[Answered]) -> Image.Image:
-    """Some answered Examples with their (first) pictures."""
+    """Some answered Examples with their pictures, several of them row by row in a square."""
     cards = []
     for i, one in zip(indices, answered):
-        picture = None
-        for path in examples[i].pictures[:1]:
-            picture = Image.fromarray(examples.picture(path).permute(1, 2, 0).numpy())
-        cards.append((picture, one.question, one.right, one.answer))
+        square, paths = None, examples[i].pictures
+        if paths:
+            shown = [Image.fromarray(examples.picture(path).permute(1, 2, 0).numpy())
+                     for path in paths]
+            side = math.ceil(len(shown) ** 0.5)
+            rows = [join(shown[n:n + side]) for n in range(0, len(shown), side)]
+            square = padded(join(rows, down=True), (side * shown[0].width, side * shown[0].width))
+        cards.append((square, one.question, one.right, one.answer))
     return draw_samples(cards)
 
 
@@ -115,6 +120,8 @@ def examine(objective: Objective, examples: Examples, sample: int, mask: str, bl
     """Held-out loss and answers of a sample of examples, always the same; how is answer_all's."""
     indices = np.random.default_rng(0).permutation(len(examples)).tolist()[:sample]
     indices = examples.readable(indices)
+    if not indices:
+        return math.nan, []
     loss = held_out_loss(objective, examples, indices, mask, how["batch_size"])
     return loss, ask_all(objective.model, examples, indices, mask, blind, **how)
 

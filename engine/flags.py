@@ -23,8 +23,10 @@ def one_line():
     """Within, what is wrong with a user's input or machine ends the program with one line."""
     try:
         yield
-    except (ValueError, OSError, FloatingPointError) as e:
+    except (ValueError, OSError, FloatingPointError, OverflowError) as e:
         fail(e)
+    except MemoryError as e:
+        fail(f"not enough memory: {e}")
     except RuntimeError as e:
         reason = explain(e)
         if reason is None:

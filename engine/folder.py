@@ -74,10 +74,10 @@ class Metrics:
     """A file of JSON lines that grows, and is cut to what a checkpoint knows of."""
 
     def __init__(self, path):
-        self.file = open(path, "a+")
+        self.file = open(path, "a+", encoding="utf-8")
 
     def write(self, line: dict) -> None:
-        self.file.write(json.dumps(line) + "\n")
+        self.file.write(json.dumps(line, ensure_ascii=False) + "\n")
         self.file.flush()
 
     def lines(self) -> list[dict]:

@@ -81,7 +81,7 @@ def make_batch(images, tokens, roles, targets) -> Batch:
     visual = (roles == IMAGE).flatten().nonzero()[:, 0]
     learned = F.pad(targets[:, 1:] != -100, (1, 0))  # no logits stand before a row
     return Batch(each, shown, tokens, roles, targets, visual, learned.flatten().nonzero()[:, 0],
-                 [f"row {row}" for row in range(len(roles))], "")
+                 [f"row {row}" for row in range(len(roles))], "", [])
 
 
 def alone(images, tokens, roles):

@@ -3,6 +3,7 @@ import json
 import multiprocessing
 import os
 import random
+import signal
 import time
 import zlib
 from contextlib import contextmanager
@@ -114,6 +115,7 @@ def started(log: Path, work, *args, **environment: str):
 def run_logged(log: Path, environment: dict, work, args) -> None:
     multiprocessing.set_start_method("fork", force=True)  # Linux's own, not that of this process
     os.setsid()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})  # as loaders begin
     os.environ.update(environment)
     with open(log, "w") as file:
         os.dup2(file.fileno(), 1)

@@ -107,10 +107,11 @@ def test_a_chat_gives_the_prompts_that_were_trained_on(trained, chat, given):
     show, written = f"/image {late.pictures[0]}", late.turns[-1][1].replace("\n", "")
     chat([FIRST, show, written], "--system", SYSTEM)
     assert given == [examples[0].prompt, late.prompt]
-    chat([FIRST, "and left?", "/new", FIRST, show, "and left?", "/new", FIRST, "and left?"],
-         "--image", early.pictures[0], "--system", SYSTEM)
-    assert given[:2] == given[4:] == [examples[2].prompt, early.prompt]
-    assert given[3] != early.prompt  # the control: a picture more
+    chat([FIRST, "and left?", "/new", FIRST, show, written], "--image", early.pictures[0],
+         "--system", SYSTEM)
+    assert given == [examples[2].prompt, early.prompt, examples[0].prompt, late.prompt]
+    chat([FIRST, "and left?", FIRST, show, written], "--image", early.pictures[0], "--system", SYSTEM)
+    assert given[2:] != [examples[0].prompt, late.prompt]  # the control: no /new
 
 
 def test_the_printed_command_gives_the_prompt_of_its_example(trained, given):
@@ -176,9 +177,9 @@ def test_what_cannot_be_asked_is_one_line_and_changes_nothing(chat, trained, giv
     plain = chat([*begin, *end], "--image", picture)
     wanted = list(given)
     said = chat([*begin, *bad, *end], "--image", picture)
-    assert given == wanted and said[:3] + said[-1:] == plain and len(plain) == 4
-    assert len(said) == 4 + len(bad)
-    assert all(word in line for line, word in zip(said[3:], bad.values())), said
+    assert given == wanted and said[:4] + said[-1:] == plain and len(plain) == 5
+    assert len(said) == 5 + len(bad)
+    assert all(word in line for line, word in zip(said[4:], bad.values())), said
     chat([*begin, "/new", *end], "--image", picture)  # the control: a line that changes something
     assert given[0] == wanted[0] and given[1] != wanted[1]
 
@@ -197,7 +198,7 @@ def test_pictures_of_a_history_that_writes_none_stand_where_ask_has_them(
     assert given[0] == asked
     model = NanoAKI.load(path)
     model.ask([picture] * 2, "<image>three?", history=[(first, "one"), (question, ANSWER)])
-    model.ask(picture, "<image>four?")  # a new chat has no history
+    model.ask(None, "four?")  # a new chat has no history and no picture
     assert given[1:3] == given[3:]
 
 

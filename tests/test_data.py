@@ -845,8 +845,8 @@ def test_a_picture_that_breaks_is_what_its_batch_says_and_the_others_are_as_befo
             shown = [examples[i] for i in order[step][2 * n:2 * n + 2].tolist()]
             good, batch = [e for e in shown if broken not in e.pictures], half[step]
             assert batch.ids == [e.id for e in good] and not batch.problem
-            assert len(batch.left_out) == 2 - len(good)
-            assert all(text.startswith(f"{broken}: ") for text in batch.left_out)
+            assert len(batch.unread) == 2 - len(good)
+            assert all(text.startswith(f"{broken}: ") for text in batch.unread)
             if len(good) == 2:
                 assert same_batch(batch, before[step][n])
 

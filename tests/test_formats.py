@@ -315,7 +315,7 @@ def test_an_example_that_is_too_long_names_the_flag(tmp_path, capsys):
     command = ["--data", tmp_path, "--out", tmp_path / "out", *TINY, "--vocab-size", "260"]
     with pytest.raises(SystemExit):
         train.main([str(word) for word in command])
-    assert "64 positions (train.py --block-size)" in capsys.readouterr().err
+    assert "64 positions (--block-size" in capsys.readouterr().err
 
 
 # Pictures ----------------------------------------------------------------------------------------
@@ -401,3 +401,12 @@ def test_a_backslash_is_named_as_the_mistake_where_it_is_one(tmp_path, name, the
         check_picture(tmp_path, name)
     assert ("slashes" in str(e.value)) == hint
     check_picture(tmp_path, "images/a.png")
+
+
+def test_a_part_or_a_turn_that_holds_two_things_is_refused():
+    """Of which one would be read, and the other be ignored."""
+    for part in ({"type": "text", "text": "what?", "image": "a.png"},
+                 {"type": "image", "text": "what?", "image": "a.png"}):
+        assert "a part of a turn" in bad(conversations=[{"role": "user", "content": [part]}, TALK[1]])
+    assert "each turn must be" in bad(conversations=[TALK[0] | {"content": [{"type": "image"}]}, TALK[1]])
+    assert parsed(conversations=[TALK[0] | {"content": None}, TALK[1]]) == parsed()

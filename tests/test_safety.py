@@ -176,9 +176,8 @@ def test_with_skip_bad_a_run_goes_on_past_broken_pictures_counts_them_and_resume
     command += ["--skip-bad"]
     train.main([str(a) for a in command] + ["--out", str(tmp_path / "whole")])
     said = capsys.readouterr()
-    for name, where in (("train3", said.err), ("train7", said.err), ("val0", said.out),
-                        ("test1", said.out)):
-        assert where.count(f"left out: {data / 'images' / name}.png: not a picture") == 1
+    for name in ("train3", "train7", "val0", "test1"):
+        assert said.err.count(f"left out: {data / 'images' / name}.png: not a picture") == 1
     lines = metrics(tmp_path / "whole")
     counts = [line["left_out"] for line in lines]
     assert counts == sorted(counts) and counts[0] > 0 and counts[-1] > counts[1]
@@ -189,6 +188,32 @@ def test_with_skip_bad_a_run_goes_on_past_broken_pictures_counts_them_and_resume
     train.main(["--out", str(tmp_path / "cut"), "--resume"])
     assert metrics(tmp_path / "cut") == lines
     assert same(weights(tmp_path / "cut/last.pt"), weights(tmp_path / "whole/last.pt"))
+
+
+@pytest.mark.parametrize("split, left", [("val", "nothing to evaluate"), ("test", "no report")])
+def test_with_skip_bad_a_split_of_which_no_picture_can_be_read_does_not_cost_the_run(
+        tmp_path, capsys, split, left):
+    data, out = make_tiny(tmp_path / "data", n=12), tmp_path / "out"
+    for path in (data / "images").glob(f"{split}*"):
+        spoil(path)
+    command = [str(word) for word in ("--data", data, *TINY, *SHORT, "--skip-bad", "--out", out)]
+    if split == "val":
+        train.main(command)
+    else:
+        assert ends(*command) == 2  # the report is what was asked for
+    said = capsys.readouterr()
+    assert left in said.out + said.err and saved(out)["stage"] == 2
+    assert NanoAKI.load(out / "model.pt")
+
+
+def test_with_skip_bad_a_stopped_run_goes_on_past_the_picture_that_stopped_it(tmp_path, capsys):
+    data, out = make_tiny(tmp_path / "data", n=12), tmp_path / "out"
+    spoil(data / "images/train3.png")
+    assert ends("--data", data, *TINY, *SHORT, "--out", out) == 2
+    assert "--skip-bad, also with --resume" in capsys.readouterr().err
+    assert ends("--out", out, "--resume") == 2
+    train.main(["--out", str(out), "--resume", "--skip-bad"])
+    assert saved(out)["stage"] == 2 and saved(out)["left_out"] > 0
 
 
 def test_with_skip_bad_steps_with_nothing_to_learn_add_nothing(tmp_path, capsys, monkeypatch):
