@@ -7,20 +7,22 @@ Another dataset: 96 x 96 mosaics of scanned handwritten digits, questions in sev
     python train.py --data data/digits-seed0 --merge 2 --batch-size 64 --align-steps 300 --steps 7000
 
 It writes the one format that data/README.md describes. The scans are split before any mosaic is
-made: val and test show scans that training never saw. A mosaic depends on the seed, its split and
-its number alone.
+made: val and test show scans that training never saw.
 """
 import random
 import sys
+from functools import partial
 from pathlib import Path
 
 from PIL import Image
 
 if __name__ == "__main__":  # a script's folder is on the path, the repository's root is not
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data.shapes import CELL, PLACES, STEPS, ask, command, neighbour, write
+from data import scenes as grid
+from data.scenes import CELL, Thing, article, ask, command, neighbours, write
 
 DIGITS = "0123456789"
+THINGS = [Thing(digit, (digit,)) for digit in DIGITS]
 LINES = {"top row": (0, 1, 2), "middle row": (3, 4, 5), "bottom row": (6, 7, 8),
          "left column": (0, 3, 6), "middle column": (1, 4, 7), "right column": (2, 5, 8)}
 TASKS = ["exist", "count", "where", "at", "rel", "sum", "max"]
@@ -46,72 +48,53 @@ def split_scans(seed: int) -> dict[str, dict[str, list[Image.Image]]]:
     return splits
 
 
-def random_scene(rng: random.Random) -> dict[int, str]:
+def random_scene(rng: random.Random, split: str) -> dict[int, Thing]:
     """5 to 9 digits, some equal: place (0-8, row by row) -> digit. Each task has a question."""
     while True:
         n = rng.randint(5, 9)
-        some = rng.sample(DIGITS, rng.randint(4, 8))
+        some = rng.sample(THINGS, rng.randint(4, 8))
         scene = dict(zip(sorted(rng.sample(range(9), n)), rng.choices(some, k=n)))
         if all(questions(scene, task, rng) for task in TASKS):
             return scene
 
 
-def draw_scene(scene: dict[int, str], rng: random.Random, scans: dict) -> Image.Image:
+def draw_scene(scene: dict[int, Thing], rng: random.Random, scans: dict) -> Image.Image:
     """The scene as a grey picture: white ink on black cards; scan, place, size and ground vary."""
     image = Image.new("L", (3 * CELL, 3 * CELL), rng.randint(110, 146))
-    for place, digit in scene.items():
+    for place, thing in scene.items():
         side = rng.randint(26, 30)
-        scan = rng.choice(scans[digit]).resize((side, side), Image.Resampling.BICUBIC)
+        scan = rng.choice(scans[thing.name]).resize((side, side), Image.Resampling.BICUBIC)
         y, x = (CELL * i + (CELL - side) // 2 + rng.randint(-1, 1) for i in divmod(place, 3))
         image.paste(0, (x - 1, y - 1, x + side + 1, y + side + 1))  # else none is learned
         image.paste(255, (x, y), scan)
     return image
 
 
-def questions(scene: dict[int, str], task: str, rng: random.Random) -> list[tuple[str, str]]:
-    """A draw of (question, answer) pairs of one task, possibly none, balanced for each text."""
-    digits = list(scene.values())
-    if task == "exist":
+def questions(scene: dict[int, Thing], task: str, rng: random.Random) -> list[tuple[str, str]]:
+    """Those of scenes.questions but for `exist`, and `max` and `sum`."""
+    digits = {place: thing.name for place, thing in scene.items()}
+    here = list(digits.values())
+    if task == "exist":  # a digit that is there twice is as likely as one that is there once
         answer = rng.choice(["yes", "no"])
-        digit = rng.choice([d for d in DIGITS if (d in digits) == (answer == "yes")])
-        return [(f"is there {'an' if digit == '8' else 'a'} {digit}?", answer)]
-    if task == "count":
-        by_number = {}
-        for digit in DIGITS:
-            by_number.setdefault(digits.count(digit), []).append(digit)
-        number = rng.choice(sorted(by_number))  # each number that occurs is as likely as the others
-        return [(f"how many {rng.choice(by_number[number])}s are there?", str(number))]
-    if task == "at":
-        return [(f"which digit is at the {PLACES[place]}?", d) for place, d in scene.items()]
+        digit = rng.choice([d for d in DIGITS if (d in here) == (answer == "yes")])
+        return [(f"is there {article(digit)} {digit}?", answer)]
     if task == "max":
-        lines = {line: [scene[p] for p in LINES[line] if p in scene] for line in LINES}
+        lines = {line: [digits[p] for p in LINES[line] if p in digits] for line in LINES}
         return [(f"what is the largest digit in the {line}?", max(found))
                 for line, found in lines.items() if len(found) > 1]
-    unique = {place: digit for place, digit in scene.items() if digits.count(digit) == 1}
-    if task == "where":
-        return [(f"where is the {digit}?", PLACES[place]) for place, digit in unique.items()]
-    near = [(digit, step, scene[neighbour(place, step)]) for place, digit in unique.items()
-            for step in STEPS if neighbour(place, step) in scene]
-    if task == "rel":
-        return [(f"which digit is {step} the {digit}?", other) for digit, step, other in near]
-    return [(f"what is the sum of the {digit} and the digit {step} it?",
-             str(int(digit) + int(other))) for digit, step, other in near]
+    if task == "sum":
+        return [(f"what is the sum of the {digits[place]} and the digit {step} it?",
+                 str(int(digits[place]) + int(digits[other])))
+                for place, step, other in neighbours(scene) if here.count(digits[place]) == 1]
+    return grid.questions(scene, task, rng, THINGS, list(DIGITS), "which digit")
 
 
-def describe(scene: dict[int, str]) -> str:
-    return ", ".join(f"{PLACES[place]} {digit}" for place, digit in scene.items())
-
-
-def make(folder: Path, seed: int = 0, scenes: int = 20000, held_out: int = 600,
-         per_scene: int = 7) -> None:
+def make(folder: Path, seed: int = 0, scenes: int = 20000, held_out: int = 600) -> None:
     """Write the dataset, as shapes.make does; raises ValueError without scikit-learn."""
     scans = split_scans(seed)
-
-    def show(scene, rng, split):
-        return (draw_scene(scene, rng, scans[split]), describe(scene),
-                ask(scene, questions, TASKS, per_scene, rng))
-
-    write(folder, f"digits {seed}", scenes, held_out, random_scene, show)
+    write(folder, f"digits {seed}", scenes, held_out, random_scene,
+          lambda scene, rng, split: draw_scene(scene, rng, scans[split]),
+          partial(ask, questions, TASKS))
 
 
 if __name__ == "__main__":

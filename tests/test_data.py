@@ -1,4 +1,5 @@
 """The built-in datasets, the reader of the format, and the batches that are made of it."""
+import hashlib
 import json
 import multiprocessing
 import os
@@ -37,6 +38,16 @@ def made(tmp_path_factory):
     return folder
 
 
+@pytest.fixture
+def scans(monkeypatch):
+    """Stand in for scikit-learn's, which nothing else needs."""
+    rng = np.random.default_rng(0)
+    data = SimpleNamespace(images=rng.integers(0, 17, (800, 8, 8)), target=np.arange(800) % 10)
+    fake = SimpleNamespace(load_digits=lambda: data)
+    monkeypatch.setitem(sys.modules, "sklearn", SimpleNamespace(datasets=fake))
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", fake)
+
+
 def records(folder, split):
     return json.loads((folder / f"{split}.json").read_text())
 
@@ -51,6 +62,20 @@ def test_shapes_depends_on_its_seed_alone(made, tmp_path):
     a, b, c = ({p.relative_to(tmp_path / name): p.read_bytes()
                 for p in (tmp_path / name).rglob("*.*")} for name in "abc")
     assert a == b and a.keys() == c.keys() and a != c
+
+
+def test_seed_0_gives_the_same_shapes_and_digits_everywhere(tmp_path, scans):
+    for name, make, wanted in (("shapes", shapes.make, "fe30d8d8a9c3fdb2"),
+                               ("digits", digits.make, "47a474a08dd9e566")):
+        make(tmp_path / name, 0, scenes=40, held_out=10)
+        digest = hashlib.sha256()  # of pixels: packing differs between builds of Pillow
+        for path in sorted((tmp_path / name).rglob("*.*")):
+            if path.suffix == ".png":
+                with Image.open(path) as picture:
+                    digest.update(picture.tobytes())
+            else:
+                digest.update(path.read_bytes())
+        assert digest.hexdigest()[:16] == wanted
 
 
 @pytest.mark.parametrize("flags, wanted", [
@@ -153,13 +178,8 @@ def test_every_word_of_shapes_is_one_token(made):
     assert all(len(tokenizer.encode(word)) == 1 for word in words)
 
 
-def test_digits_are_scans_that_no_other_split_has_and_its_answers_are_right(tmp_path,
+def test_digits_are_scans_that_no_other_split_has_and_its_answers_are_right(tmp_path, scans,
                                                                                 monkeypatch):
-    rng = np.random.default_rng(0)  # stands in for scikit-learn's, which nothing else needs
-    scans = SimpleNamespace(images=rng.integers(0, 17, (800, 8, 8)), target=np.arange(800) % 10)
-    fake = SimpleNamespace(load_digits=lambda: scans)
-    monkeypatch.setitem(sys.modules, "sklearn", SimpleNamespace(datasets=fake))
-    monkeypatch.setitem(sys.modules, "sklearn.datasets", fake)
     split = digits.split_scans(0)
     seen = [{scan.tobytes() for some in part.values() for scan in some} for part in split.values()]
     assert list(map(len, seen)) == [300, 300, 200] and len(set.union(*seen)) == 800
@@ -347,6 +367,16 @@ def question_of(text):
     return re.sub(r"\n*<image>\n*", "", text).strip("\n")
 
 
+def shown_of(text):
+    """What is shown of a question: its pictures only where they stand within the text."""
+    shown = "<image>".join(piece.strip("\n") for piece in text.split("<image>")).strip()
+    while shown.startswith("<image>"):
+        shown = shown.removeprefix("<image>").strip()
+    while shown.endswith("<image>"):
+        shown = shown.removesuffix("<image>").strip()
+    return shown
+
+
 def replies_by_hand(items):
     """The Reply of each answer of the good records, whether it fits a model or not."""
     replies, last, group = [], None, -1
@@ -369,7 +399,7 @@ def replies_by_hand(items):
                 replies.append(Reply(
                     number, turn, seen, before, system + len(human[turn - 1].encode()) + 2,
                     len(text.encode()), group, str(item.get("id", number)),
-                    item.get("task") or "", question_of(human[turn - 1]).strip(), text,
+                    item.get("task") or "", shown_of(human[turn - 1]), text,
                     shown[:seen]))
     return replies
 

@@ -16,7 +16,7 @@ PAGES = [README, *sorted(ROOT.glob("docs/*.md")), ROOT / "data/README.md"]
 LEAST = {"README.md": (12, 16), "docs/claim.md": (16, 22), "data/README.md": (0, 2)}
 MODULES = {"train.py": "train", "sample.py": "sample", "draw.py": "draw", "compare.py": "compare",
            "tests/bench.py": "bench"}
-DATASETS = {"data/shapes.py": "shapes", "data/digits.py": "digits"}
+DATASETS = {"data/shapes.py": "shapes", "data/digits.py": "digits", "data/photos.py": "photos"}
 
 
 def name(page: Path) -> str:
@@ -120,7 +120,8 @@ def parser_of(script: str) -> argparse.ArgumentParser:
     if script == "nanoaki.py":
         return argparse.ArgumentParser()  # it has no flags
     if script in DATASETS:
-        return importlib.import_module("data.shapes").make_parser(DATASETS[script])
+        pictures = Path(".") if script == "data/photos.py" else None
+        return importlib.import_module("data.scenes").make_parser(DATASETS[script], pictures)
     return importlib.import_module(MODULES[script]).make_parser()
 
 

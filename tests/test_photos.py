@@ -51,7 +51,7 @@ def tree(tmp_path_factory):
 @pytest.fixture(scope="module")
 def made(tree, tmp_path_factory):
     folder = tmp_path_factory.mktemp("made") / "photos"
-    photos.make(folder, 0, scenes=1500, held_out=300, pictures=tree)
+    photos.make(folder, 0, scenes=1000, held_out=300, pictures=tree)
     return folder
 
 
@@ -70,9 +70,8 @@ def look(path):
     with Image.open(path) as picture:
         for i, place in enumerate(PLACES):
             y, x = (CELL * at for at in divmod(i, 3))
-            colors = Counter(picture.crop((x, y, x + CELL, y + CELL)).get_flattened_data())
-            for color in names.keys() & colors.keys():
-                scene[place] = names[color]
+            colors = picture.crop((x, y, x + CELL, y + CELL)).getcolors(CELL * CELL)
+            scene |= {place: names[color] for _, color in colors if color in names}
     return scene
 
 
@@ -121,9 +120,243 @@ def solve(question, scene):
 def test_questions_captions_and_pictures_are_about_the_same_things(made, shown):
     assert {len(scene) for scene in shown.values()} == set(range(3, 8))
     for image, _, _, caption in records(made, "captions"):
-        assert dict(words.split(maxsplit=1)[::-1][::-1] if words.split()[0] not in
-                    ("top", "bottom") else split_place(words)
-                    for words in caption.split(", ")) == shown[image]
+        assert caption == ", ".join(f"{place} {name}" for place, name in shown[image].items())
     for split in ("train", "val", "test"):
         for image, task, question, answer in records(made, split):
             assert solve(question, shown[image]) == answer, (task, question, shown[image])
+
+
+def test_no_scene_is_in_two_splits(shown):
+    splits = defaultdict(list)
+    for image, scene in shown.items():
+        splits[image.split("/")[1]].append(tuple(scene.items()))
+    assert {split: len(some) for split, some in splits.items()} == {"train": 1000, "val": 300,
+                                                                    "test": 300}
+    assert len(set(sum(splits.values(), []))) == 1600
+
+
+def test_no_task_can_be_answered_from_its_text(made):
+    answers, hits, counts = defaultdict(Counter), Counter(), Counter()
+    for split in ("train", "val", "test"):
+        for _, task, question, answer in records(made, split):
+            answers[task, question][answer] += 1
+    for (task, _), found in answers.items():  # the best constant, even chosen after the fact
+        hits[task] += found.most_common(1)[0][1]
+        counts[task] += found.total()
+    assert set(counts) == {*photos.TASKS, "new"}
+    assert sum(hits.values()) / sum(counts.values()) <= 0.35
+    yes = Counter(answer for _, task, _, answer in records(made, "train") if task == "exist")
+    assert 0.45 < yes["yes"] / yes.total() < 0.55
+    learned = defaultdict(Counter)  # of a rare text, all answers may be one: what training tells
+    for _, task, question, answer in records(made, "train"):
+        learned[question][answer] += 1
+    right = Counter(task for _, task, question, answer in records(made, "test")
+                    if learned[question] and learned[question].most_common(1)[0][0] == answer)
+    asked = Counter(task for _, task, _, _ in records(made, "test"))
+    for task in asked:
+        assert right[task] / asked[task] <= (0.55 if task == "exist" else 0.45), task
+
+
+def test_new_is_asked_about_things_that_training_never_saw(made, shown):
+    seen = {name for image, scene in shown.items() if "/train/" in image
+            for name in scene.values()}
+    assert Counter(KIND[name] for name in seen) == {kind: 6 for kind in KINDS}  # of eight each
+    for split in ("train", "val", "test"):
+        for image, task, question, answer in records(made, split):
+            names = set(shown[image].values())
+            if task == "new":
+                assert split != "train" and not names & seen and answer in KINDS
+            else:  # whoever has learned all that training shows can know all of them
+                assert names <= seen
+    asked = {task for _, task, _, _ in records(made, "val")} & {task for _, task, _, _ in
+                                                                records(made, "test")}
+    assert asked == {*photos.TASKS, "new"}
+    kinds = [question for _, _, question, _ in records(made, "train") if "what kind of" in question]
+    assert len(kinds) > 300  # training asks it, too, of what it shows
+
+
+def test_pictures_of_one_thing_are_split_before_any_scene_is_made(tmp_path):
+    shades = [(255, 8 * i, 0) for i in range(8)]
+    for kind in KINDS[:4]:
+        for name in "abcd":
+            for i, shade in enumerate(shades):
+                save(cut_out(shade), tmp_path / f"in/{kind}/{name}{i}.png", f"{kind} {name}")
+    photos.make(tmp_path / "out", 0, scenes=300, held_out=100, pictures=tmp_path / "in")
+    things = photos.load(tmp_path / "in")
+    assert {len(pictures) for pictures in things.values()} == {8}
+    _, new, shown = photos.split_pictures(things, 0)
+    assert len(new) == 4
+    for thing in things:
+        train, val, test = ({p.tobytes() for p in shown[split][thing]} for split in shown)
+        assert len(train) == 6 and len(val) == 2 and not train & (val | test)
+    found = defaultdict(set)  # and it is these that are drawn
+    for path in (tmp_path / "out").rglob("*.png"):
+        with Image.open(path) as picture:
+            colors = {color for _, color in picture.getcolors(96 * 96)}
+        found[path.parent.name] |= colors & set(shades)
+    assert len(found["train"]) == 8 and len(found["val"]) > 4  # other things, other shades
+    one = {thing: pictures[:1] for thing, pictures in things.items()}
+    _, _, shown = photos.split_pictures(one, 0)
+    assert shown["train"] == shown["val"] == one  # the control: there is nothing to split
+
+
+def test_size_place_side_and_ground_vary_and_a_tile_hides_the_ground(tmp_path):
+    left, right = (200, 10, 10), (10, 10, 200)
+    whole = Image.new("RGBA", (40, 40), (*left, 255))
+    whole.paste((*right, 255), (20, 0, 40, 40))
+    clear = whole.copy()
+    ImageDraw.Draw(clear).rectangle((12, 12, 28, 28), fill=(0, 0, 0, 0))
+    thing, found = Thing("a", ("b",)), defaultdict(set)
+    for seed in range(60):
+        for name, picture in (("tile", whole), ("cut-out", clear)):
+            scene = photos.draw_scene({4: thing}, random.Random(seed), {thing: [picture]})
+            ground = scene.getpixel((0, 0))
+            mask = Image.new("L", scene.size)
+            mask.putdata([255 * (color != ground) for color in scene.get_flattened_data()])
+            box = mask.getbbox()
+            assert CELL <= min(box[:2]) and max(box[2:]) <= 2 * CELL  # in its cell
+            middle = scene.getpixel(((box[0] + box[2]) // 2, (box[1] + box[3]) // 2))
+            assert (middle == ground) == (name == "cut-out")
+            found["size"].add(box[2] - box[0])
+            found["place"].add(box[:2])
+            found["ground"].add(ground)
+            found["side"].add(scene.getpixel((box[0] + 2, box[1] + 2)))
+    assert len(found["size"]) == 7 and len(found["place"]) > 20 and len(found["ground"]) > 50
+    assert found["side"] == {left, right}
+
+
+@pytest.mark.parametrize("text, name", [
+    ("A red squirrel.\nfr.utf8=Un écureuil roux.", "red squirrel"), ("An owl", "owl"),
+    ("the Moon.\r\n", "Moon"), ("Anemone.", "Anemone"), ("\ufeffA café", "café"),
+    (None, "the file 7"), ("", "the file 7"), ("A ", "A")])
+def test_a_name_is_the_first_line_beside_the_picture_or_the_name_of_its_file(text, name):
+    files = {} if text is None else {"kind/the file 7.txt": text.encode}
+    assert photos.read_name("kind/the file 7.png", files) == name
+
+
+def test_what_cannot_be_used_is_left_out_counted_and_said(tree, tmp_path, capsys):
+    things = photos.load(tree)
+    assert "64 pictures of 64 things of 8 kinds; left out: none" in capsys.readouterr().out
+    assert {thing.name: thing.traits for thing in things} == {n: (k,) for n, k in KIND.items()}
+    bad = tmp_path / "bad"
+    for path in tree.rglob("*.*"):
+        (bad / path.relative_to(tree)).parent.mkdir(parents=True, exist_ok=True)
+        (bad / path.relative_to(tree)).write_bytes(path.read_bytes())
+    save(cut_out((9, 9, 9), (20, 20)), bad / "bird/small.png")          # but for its clear edges
+    save(Image.new("RGBA", (90, 90)), bad / "bird/nothing.png")
+    save(Image.new("RGB", (900, 2)), bad / "bird/line.png")
+    (bad / "bird/broken.png").write_bytes((bad / "bird/a birder.png").read_bytes()[:150])
+    save(cut_out((9, 9, 9)), bad / "bird/long.png", "A bird that stands on one leg, asleep.")
+    save(cut_out((9, 9, 9)), bad / "bird/1.png", "A thing of two kinds.")
+    save(cut_out((9, 9, 9)), bad / "hat/1.png", "a Thing of two kinds")
+    save(cut_out((9, 9, 9)), bad / "tree/fish.png")                     # a kind's word
+    save(cut_out((9, 9, 9)), bad / "car/1.png")
+    assert photos.load(bad).keys() == things.keys()
+    said = capsys.readouterr().out
+    for words in ("64 pictures of 64 things", "4 too small or unreadable",
+                  "4 without a short name of their own", "1 of a kind with fewer than 4 things"):
+        assert words in said, said
+
+
+def test_of_tux_paint_the_listed_photographs_are_taken_and_no_drawings(tmp_path, capsys):
+    lines = [line.split() for line in photos.STAMPS.strip().splitlines()]
+    for folder, _, *names in lines:
+        for name in names:
+            save(cut_out((9, 9, 9)), tmp_path / folder / f"{name}.png")
+    save(cut_out((9, 9, 9)), tmp_path / "animals/birds/cartoon/tux.png")
+    things = photos.load(tmp_path)
+    assert "1 not listed as photographs" in capsys.readouterr().out
+    kinds = Counter(thing.traits[0] for thing in things)
+    assert kinds == Counter(kind for _, kind, *names in lines for _ in names)
+    assert len(things) >= 64 and len(kinds) == 9 and min(kinds.values()) >= photos.FEWEST
+
+
+def test_a_dataset_depends_on_its_seed_and_pictures_alone(made, tree, tmp_path):
+    for name, seed in (("a", 5), ("b", 5), ("c", 6)):
+        photos.make(tmp_path / name, seed, scenes=20, held_out=5, pictures=tree)
+    a, b, c = ({p.relative_to(tmp_path / name): p.read_bytes()
+                for p in (tmp_path / name).rglob("*.*")} for name in "abc")
+    assert a == b and a.keys() == c.keys() and a != c
+    new = [photos.split_pictures(photos.load(tree), seed)[1] for seed in range(3)]
+    assert new[0] != new[1] != new[2]
+
+
+# Packages ----------------------------------------------------------------------------------------
+
+
+def member(name, data):
+    header = f"{name:<16}{0:<12}{0:<6}{0:<6}{100644:<8}{len(data):<10}`\n".encode()
+    return header + data + b"\n" * (len(data) % 2)
+
+
+def package(tree, pack=lzma.compress, name="data.tar.xz"):
+    """The bytes of a Debian package with a folder's files where Tux Paint has its stamps."""
+    tar = io.BytesIO()
+    with tarfile.open(fileobj=tar, mode="w") as archive:
+        archive.add(tree, "./usr/share/tuxpaint/stamps")
+    return (b"!<arch>\n" + member("debian-binary", b"2.0") + member("control.tar.xz", b"abc")
+            + member(name, pack(tar.getvalue())))
+
+
+def test_a_debian_package_holds_what_a_folder_holds(tree, tmp_path):
+    (tmp_path / "a.deb").write_bytes(package(tree))
+    ours, theirs = photos.load(tmp_path / "a.deb"), photos.load(tree)
+    assert list(ours) == list(theirs) and len(ours) == 64
+    for thing in ours:
+        assert [p.tobytes() for p in ours[thing]] == [p.tobytes() for p in theirs[thing]]
+
+
+# Bad input ---------------------------------------------------------------------------------------
+
+
+def refused(tmp_path, monkeypatch, capsys, *flags):
+    """The one line with which the script ends; nothing is written."""
+    out = tmp_path / "out"
+    monkeypatch.setattr(sys, "argv", ["photos.py", "--out", str(out), "--scenes", "5", *flags])
+    with pytest.raises(SystemExit) as ended:
+        scenes.command(photos.make, "photos", photos.INSTALLED)
+    error = re.sub(r".*\r", "", capsys.readouterr().err)  # progress bars erase themselves
+    assert ended.value.code == 2 and error.count("\n") == 1 and error.startswith("photos.py: ")
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith("out")]
+    return error
+
+
+def test_no_pictures_and_too_few_kinds_get_one_line(tree, tmp_path, monkeypatch, capsys):
+    def error(*flags):
+        return refused(tmp_path, monkeypatch, capsys, *flags)
+
+    assert "No such file" in error("--pictures", str(tmp_path / "nowhere"))
+    (tmp_path / "in").mkdir()
+    assert "0 kinds" in error("--pictures", str(tmp_path / "in"))
+    for n, kind in enumerate(KINDS[:4]):
+        assert f"{n} kinds" in error("--pictures", str(tmp_path / "in"))
+        for name in "abcd":
+            save(cut_out((9, 9, 9)), tmp_path / f"in/{kind}/{name} {kind}.png")
+    photos.make(tmp_path / "four", 0, scenes=5, held_out=2, pictures=tmp_path / "in")
+    monkeypatch.setattr(photos, "INSTALLED", tmp_path / "stamps")
+    assert "apt install tuxpaint-stamps-default" in error()
+
+
+@pytest.mark.parametrize("name", ["salt / pepper", "a\tb", "a\0b", "a\x1b[1m", "<image>", "\udcff"])
+def test_a_name_that_cannot_be_asked_about_gets_one_line(name, tree, tmp_path, monkeypatch, capsys):
+    save(cut_out((9, 9, 9)), tmp_path / "in/bird/1.png")
+    (tmp_path / "in/bird/1.txt").write_bytes(name.encode("utf-8", "surrogateescape"))
+    error = refused(tmp_path, monkeypatch, capsys, "--pictures", str(tmp_path / "in"))
+    assert "bird/1.png" in error
+
+
+def test_a_damaged_package_gets_one_line(tree, tmp_path, monkeypatch, capsys):
+    whole = package(tree)
+    spoiled = bytearray(whole)
+    spoiled[len(whole) // 2] ^= 1
+    sizes = whole.index(b"control.tar.xz") + 48
+    for data, words in [
+            (b"", "no data.tar.xz"), (b"a text", "no data.tar.xz"), (whole[:70], "no data.tar.xz"),
+            (package(tree, bytes, "data.tar.zst"), "can be unpacked"),
+            (whole[:len(whole) // 2], ""), (whole[:-3], ""), (bytes(spoiled), ""),
+            (package(tree, lambda tar: lzma.compress(tar[:5000])), ""),
+            (package(tree, lambda tar: lzma.compress(b"no tar" * 500)), ""),
+            (whole[:sizes] + b"-60       " + whole[sizes + 10:], "no data.tar.xz")]:
+        (tmp_path / "a.deb").write_bytes(data)
+        error = refused(tmp_path, monkeypatch, capsys, "--pictures", str(tmp_path / "a.deb"))
+        assert "a.deb: neither a folder nor a sound Debian package" in error and words in error
