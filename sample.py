@@ -26,8 +26,7 @@ from engine.flags import Parser, flag, one_line, run_script
 from engine.folder import write_whole
 from nanoaki import MASKS, NanoAKI, fit_picture
 
-COMMANDS = ("with --chat, /new begins another conversation, without pictures, and /image FILE "
-            "shows one")
+COMMANDS = "in a --chat /new begins another, without pictures, and /image FILE shows one"
 
 
 def print_answer(model: NanoAKI, pictures: list[str], texts: list[str], system, **how) -> str:
@@ -70,9 +69,9 @@ def prompt(model: NanoAKI, first: list[str], history: list[str], chat: bool, **h
 
 
 def write_pictures(texts: list[str], first: int, pictures: int) -> list[str]:
-    """Texts of a chat with <image> in the last for pictures that are written nowhere yet.
+    """Texts of a chat, questions and answers in turn, with an <image> for each of its pictures.
 
-    So many first pictures belong to the first question, which may be history, as with --ask.
+    The first of them, those of --image, belong to the first question, others to the last.
     """
     *texts, question = texts
     written, asked = sum(text.count("<image>") for text in texts[::2]), question.count("<image>")
