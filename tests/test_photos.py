@@ -135,6 +135,18 @@ def test_no_scene_is_in_two_splits(shown):
     assert len(set(sum(splits.values(), []))) == 1600
 
 
+def test_no_scene_is_made_twice_however_few_there_are(tmp_path):
+    drawn = []
+
+    def draw(scene, rng, split):
+        drawn.append(str(scene))
+        return Image.new("L", (1, 1))
+
+    scenes.write(tmp_path / "out", "few", 12, 3, lambda rng, split: {
+        rng.randrange(9): Thing(rng.choice("ab"), ())}, draw, lambda scene, rng: [])
+    assert len(drawn) == len(set(drawn)) == 18  # all that there are
+
+
 def test_no_task_can_be_answered_from_its_text(made):
     answers, hits, counts = defaultdict(Counter), Counter(), Counter()
     for split in ("train", "val", "test"):
@@ -176,25 +188,26 @@ def test_new_is_asked_about_things_that_training_never_saw(made, shown):
 
 
 def test_pictures_of_one_thing_are_split_before_any_scene_is_made(tmp_path):
-    shades = [(255, 8 * i, 0) for i in range(8)]
-    for kind in KINDS[:4]:
-        for name in "abcd":
-            for i, shade in enumerate(shades):
-                save(cut_out(shade), tmp_path / f"in/{kind}/{name}{i}.png", f"{kind} {name}")
+    for n, kind in enumerate(KINDS[:4]):
+        for m, name in enumerate("abcd"):
+            for i in range(8):
+                save(cut_out((255, 8 * i, 16 * n + 4 * m)), tmp_path / f"in/{kind}/{name}{i}.png",
+                     f"{kind} {name}")
     photos.make(tmp_path / "out", 0, scenes=300, held_out=100, pictures=tmp_path / "in")
     things = photos.load(tmp_path / "in")
-    assert {len(pictures) for pictures in things.values()} == {8}
     _, new, shown = photos.split_pictures(things, 0)
-    assert len(new) == 4
-    for thing in things:
+    assert len(things) == 16 and len(new) == 4
+    for thing, pictures in things.items():
         train, val, test = ({p.tobytes() for p in shown[split][thing]} for split in shown)
-        assert len(train) == 6 and len(val) == 2 and not train & (val | test)
-    found = defaultdict(set)  # and it is these that are drawn
+        assert len(train) == 6 and len(val) == 2 and train.isdisjoint(val) and val == test
+        assert len(train | val) == len(pictures)
+    drawn = defaultdict(set)  # each picture has a color of its own
     for path in (tmp_path / "out").rglob("*.png"):
         with Image.open(path) as picture:
-            colors = {color for _, color in picture.getcolors(96 * 96)}
-        found[path.parent.name] |= colors & set(shades)
-    assert len(found["train"]) == 8 and len(found["val"]) > 4  # other things, other shades
+            drawn[path.parent.name] |= {color for n, color in picture.getcolors(96 * 96)
+                                        if n > 99 and color[0] == 255}  # no edge
+    assert len(drawn["train"]) >= 72 and drawn["train"].isdisjoint(drawn["val"] | drawn["test"])
+    assert len(drawn["val"] & drawn["test"]) > 24
     one = {thing: pictures[:1] for thing, pictures in things.items()}
     _, _, shown = photos.split_pictures(one, 0)
     assert shown["train"] == shown["val"] == one  # the control: there is nothing to split
@@ -232,6 +245,7 @@ def test_size_place_side_and_ground_vary_and_a_tile_hides_the_ground(tmp_path):
 def test_a_name_is_the_first_line_beside_the_picture_or_the_name_of_its_file(text, name):
     files = {} if text is None else {"kind/the file 7.txt": text.encode}
     assert photos.read_name("kind/the file 7.png", files) == name
+    assert photos.read_name("kind/ .png", files) == ""  # left out
 
 
 def test_what_cannot_be_used_is_left_out_counted_and_said(tree, tmp_path, capsys):
