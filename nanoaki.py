@@ -769,8 +769,7 @@ def save_file(state: dict, path) -> None:
             os.fsync(file.fileno())
         os.replace(part, path)
     except BaseException as e:
-        if os.path.exists(part):
-            os.remove(part)
+        Path(part).unlink(missing_ok=True)
         if isinstance(e, (OSError, RuntimeError)):  # torch.save raises the latter on a full disk
             raise OSError(f"{path} cannot be written, what it held is whole: {e}") from e
         raise
@@ -805,9 +804,7 @@ def main() -> None:
             print("  " + "-IPA"[role], *("x" if sees else "." for sees in row))
         states = model.hidden(images, tokens, roles, name)
         moved[name] = float((states[0, :V] - states[1, :V]).detach().abs().max())
-    logits, _ = model(images, tokens, roles)
-    print(f"one forward: logits {tuple(logits.shape)} of two sequences, {V} visual tokens in each\n"
-          f"under causal another question moves visual tokens' states by {moved['causal']:.3g}\n"
+    print(f"under causal another question moves visual tokens' states by {moved['causal']:.3g}\n"
           f"under mma it moves them by {moved['mma']:.3g}: there they have read it")
 
 
