@@ -139,10 +139,12 @@ class Block(nn.Module):
         self.up = nn.Linear(n_embd, 4 * n_embd)
         self.down = nn.Linear(4 * n_embd, n_embd)
 
-    def forward(self, x: Tensor, mask: Tensor | None, cache: Cache | None = None) -> Tensor:
-        """x (B, T, C) -> (B, T, C), rows of a mask, bool (B, 1, T, keys); None is full attention.
+    def forward(self, x: Tensor, mask: Tensor | None, cache: Cache | None = None,
+                start: int = 0) -> Tensor:
+        """x (B, T, C), mask bool (B, 1, T, keys) or None, full attention -> (B, T - start, C).
 
         With a cache, x holds the positions that follow those in it, and the keys are all so far.
+        What stands before start is read, but nothing more is computed of it.
         """
         B, T, C = x.shape
         p = self.dropout if self.training else 0.0
@@ -150,8 +152,10 @@ class Block(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                            # (B, heads, T, C / heads)
         if cache is not None:
             k, v = cache.extend(k, v)
+        if start:
+            x, q, mask = x[:, start:], q[:, :, start:], mask[:, :, start:]
         y = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=p)
-        x = x + F.dropout(self.out(y.transpose(1, 2).reshape(B, T, C)), p)
+        x = x + F.dropout(self.out(y.transpose(1, 2).reshape(x.shape)), p)
         y = F.gelu(self.up(self.norm2(x)), approximate="tanh")          # (B, T, 4 C)
         return x + F.dropout(self.down(y), p)
 
@@ -196,7 +200,10 @@ class Projector(nn.Module):
 
 
 class Decoder(nn.Module):
-    """GPT-2: token and position embeddings, blocks, LayerNorm, a head tied to the embedding."""
+    """GPT-2: token and position embeddings, blocks, LayerNorm; but the head is its own matrix.
+
+    Tied to the embedding, it learns late to find in a picture what a question names.
+    """
 
     def __init__(self, c: Config):
         super().__init__()
@@ -204,16 +211,15 @@ class Decoder(nn.Module):
         self.position = nn.Embedding(c.block_size, c.n_embd)
         self.blocks = nn.ModuleList(Block(c.n_embd, c.n_head, c.dropout) for _ in range(c.n_layer))
         self.norm = nn.LayerNorm(c.n_embd)
+        self.head = nn.Linear(c.n_embd, c.vocab_size, bias=False)  # of states, not in forward
 
-    def forward(self, x: Tensor, mask: Tensor, caches: list[Cache] | None = None) -> Tensor:
-        """Embeddings (B, T, n_embd) -> states (B, T, n_embd); one mask for all layers and heads."""
-        for block, cache in zip(self.blocks, caches or [None] * len(self.blocks)):
+    def forward(self, x: Tensor, mask: Tensor, caches: list[Cache] | None = None,
+                start: int = 0) -> Tensor:
+        """Embeddings (B, T, n_embd) -> states from start on; one mask for all layers and heads."""
+        caches = caches or [None] * len(self.blocks)
+        for block, cache in zip(self.blocks[:-1], caches):
             x = block(x, mask, cache)
-        return self.norm(x)
-
-    def head(self, x: Tensor) -> Tensor:
-        """States (..., n_embd) -> logits (..., vocab_size)."""
-        return F.linear(x, self.token.weight)
+        return self.norm(self.blocks[-1](x, mask, caches[-1], start))
 
 
 class Batch(NamedTuple):
@@ -225,6 +231,7 @@ class Batch(NamedTuple):
     targets: Tensor  # int64 (B, T), -100 outside ANSWER
     visual: Tensor   # int64: flat indices of the visual tokens
     learned: Tensor  # int64: flat indices of what has a target, never the first of a row
+    start: int       # the first column whose state predicts one
     ids: list[str]   # of the records, one per row
     problem: str     # what was wrong with the file of records or a picture; "" if nothing
     unread: list[str]  # for each example without a row, what was wrong with a picture
@@ -240,7 +247,7 @@ class Model(nn.Module):
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02)
-            if isinstance(module, nn.Linear):
+            if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
         for blocks in (self.vit.blocks, self.decoder.blocks):  # GPT-2: each block adds twice
             for layer in [layer for block in blocks for layer in (block.out, block.down)]:
@@ -261,8 +268,10 @@ class Model(nn.Module):
         """Training's entrance: forward's loss, of a Batch; the host waits for no value of it."""
         visual = self.see(batch.images)[batch.shown]                    # (shown, V, n_embd)
         x = self.embed(visual, batch.visual, batch.tokens, batch.roles)
-        x = self.decoder(x, make_mask(mask or self.config.mask, batch.roles)[:, None])
-        x = x.flatten(0, 1)[batch.learned - 1]                          # t - 1 predicts t
+        sees = make_mask(mask or self.config.mask, batch.roles)[:, None]
+        x = self.decoder(x, sees, start=batch.start)                    # (B, T - start, n_embd)
+        T = batch.tokens.shape[1]
+        x = x[batch.learned // T, batch.learned % T - 1 - batch.start]  # t - 1 predicts t
         targets = batch.targets.flatten()[batch.learned]
         loss = F.cross_entropy(self.decoder.head(x).float(), targets, reduction="sum")
         return loss / max(1, len(targets))                              # of nothing it is 0
@@ -294,27 +303,36 @@ class Model(nn.Module):
         x = self.read(images, tokens, roles)
         return self.decoder(x, make_mask(mask or self.config.mask, roles)[:, None])
 
-    def read(self, images: Tensor | None, tokens: Tensor, roles: Tensor) -> Tensor:
-        """Embeddings (B, T, n_embd) of what anybody brings, checked; errors as in forward."""
+    def read(self, images: Tensor | None, tokens: Tensor, roles: Tensor,
+             shown: Tensor | None = None) -> Tensor:
+        """Embeddings (B, T, n_embd) of what anybody brings, checked; errors as in forward.
+
+        shown int64 says which of the images stand in the sequences, in order; None: each, once.
+        """
         c, side = self.config, self.config.image_size
         if images is None:
             images = torch.zeros(0, 3, side, side, dtype=torch.uint8, device=tokens.device)
         if images.dtype != torch.uint8 or images.shape[1:] != (3, side, side):
             raise ValueError(f"images must be uint8 (N, 3, {side}, {side}), not {images.dtype} "
                              f"{tuple(images.shape)}")
+        if shown is None:
+            shown = torch.arange(len(images), device=tokens.device)
+        if shown.dtype != torch.int64 or ((shown < 0) | (shown >= len(images))).any():
+            raise ValueError(f"shown must be int64 numbers of the {len(images)} images")
         count, longest = (roles == IMAGE).sum(1), int((roles != PAD).sum(1).max())
-        if count.sum() != len(images) * c.visual_tokens or (count % c.visual_tokens).any():
-            raise ValueError(f"{int(count.sum())} IMAGE positions, but {len(images)} images of "
+        if count.sum() != len(shown) * c.visual_tokens or (count % c.visual_tokens).any():
+            raise ValueError(f"{int(count.sum())} IMAGE positions, but {len(shown)} images of "
                              f"{c.visual_tokens} visual tokens, each whole in a row")
         if longest > c.block_size:
             raise ValueError(f"a sequence of {longest} tokens is longer than the model's "
                              f"{c.block_size} positions")
         flat = (roles == IMAGE).flatten().nonzero()[:, 0]
-        return self.embed(self.see(images), flat, tokens, roles)
+        return self.embed(self.see(images)[shown], flat, tokens, roles)
 
     @torch.no_grad()
     def stream(self, images: Tensor | None, tokens: Tensor, roles: Tensor, max_new_tokens: int,
-               temperature: float = 0.0, top_k: int | None = None, mask: str | None = None):
+               temperature: float = 0.0, top_k: int | None = None, mask: str | None = None,
+               shown: Tensor | None = None):
         """Yield, for every step, the B new ids (None for rows that have ended); see generate."""
         c, (B, T) = self.config, tokens.shape
         if not (temperature >= 0 and max_new_tokens >= 0 and (top_k is None or top_k >= 1)):
@@ -326,15 +344,16 @@ class Model(nn.Module):
                              f"answer in the model's {c.block_size} positions")
         steps, going = min(max_new_tokens, max(room)), [True] * B
         last = (torch.arange(T, device=roles.device) * (roles != PAD)).argmax(1)  # of what is given
-        x = self.read(images, tokens, roles)                            # (B, T, n_embd)
+        x = self.read(images, tokens, roles, shown)                     # (B, T, n_embd)
         roles = F.pad(roles, (0, steps), value=ANSWER)                  # answers from column T on
         position = positions(roles).clamp(max=c.block_size - 1)         # ended rows run on, unread
         sees = make_mask(mask or c.mask, roles)[:, None]                # (B, 1, all, all)
         caches = [Cache(T + steps) for _ in self.decoder.blocks]
         # Prefill: all that is given, once. Under the causal mask the picture's part of the cache
         # would serve the next question, too; under MMA its keys have read this one: look anew.
-        x = self.decoder(x, sees[:, :, :T, :T], caches)
-        x = x[torch.arange(B, device=x.device), last]                   # (B, n_embd)
+        start = int(last.min())
+        x = self.decoder(x, sees[:, :, :T, :T], caches, start)          # (B, T - start, n_embd)
+        x = x[torch.arange(B, device=x.device), last - start]           # (B, n_embd)
         for t in range(T, T + steps):
             new = choose(self.decoder.head(x).float(), temperature, top_k)          # (B,)
             ids = new.tolist()
@@ -348,18 +367,19 @@ class Model(nn.Module):
                 x = self.decoder(x, sees[:, :, t:t + 1, :t + 1], caches)[:, 0]
 
     def generate(self, images: Tensor | None, tokens: Tensor, roles: Tensor, max_new_tokens: int,
-                 temperature: float = 0.0, top_k: int | None = None,
-                 mask: str | None = None) -> list[list[int]]:
+                 temperature: float = 0.0, top_k: int | None = None, mask: str | None = None,
+                 shown: Tensor | None = None) -> list[list[int]]:
         """New ids of each row, without <eos>: the likeliest, or sampled at a temperature above 0.
 
-        Arguments as in forward, padded anywhere; top_k keeps that many of the likeliest. A row ends
-        with <eos>, max_new_tokens or its last position; a prompt without room is a ValueError.
+        Arguments as in forward and read, padded anywhere; top_k keeps that many of the likeliest. A
+        row ends with <eos>, max_new_tokens or its last position; a prompt without room is a
+        ValueError.
         """
         training, rows = self.training, [[] for _ in tokens]
         self.eval()
         try:
             for step in self.stream(images, tokens, roles, max_new_tokens, temperature, top_k,
-                                    mask):
+                                    mask, shown):
                 for row, new in zip(rows, step):
                     if new is not None:
                         row.append(new)
@@ -410,7 +430,7 @@ class Config:
     vocab_size: int = knob(512, "tokens, at most: more of them make sequences shorter", 1)
     block_size: int = knob(128, "positions: the longest sequence, visual tokens included", 1)
     n_layer: int = knob(4, "decoder blocks: relations need depth, time grows in proportion", 1)
-    n_head: int = knob(6, "decoder attention heads; divides n_embd: few learn relations late", 1)
+    n_head: int = knob(3, "decoder attention heads; divides n_embd: many are slow on a CPU", 1)
     n_embd: int = knob(96, "decoder width: time grows with its square", 1)
     image_size: int = knob(96, "pixels: side of the square that pictures are fitted into", 1)
     patch_size: int = knob(16, "pixels: side of a ViT patch; divides image_size", 1)
@@ -446,12 +466,12 @@ class Config:
 
 
 PRESETS = {
-    # 0.8 M parameters: two CPU cores, minutes
+    # 0.9 M parameters: two CPU cores, minutes
     "nano": Config(),
-    # 27 M: a consumer GPU, minutes
+    # 29 M: a consumer GPU, minutes
     "small": Config(vocab_size=4096, block_size=512, n_layer=8, n_head=6, n_embd=384,
                     image_size=192, vit_layer=6, vit_head=6, vit_embd=384),
-    # GPT-2 124M and ViT-B/16
+    # GPT-2 124M, its head untied, and ViT-B/16
     "base": Config(vocab_size=50257, block_size=1024, n_layer=12, n_head=12, n_embd=768,
                    image_size=224, vit_layer=12, vit_head=12, vit_embd=768),
 }
@@ -759,12 +779,15 @@ class NanoAKI(Model):
         return model.eval()
 
 
+VERSION = 2  # of checkpoints: in the first the head was the embedding
+
+
 def save_file(state: dict, path) -> None:
     """Write a checkpoint whole or not at all: beside path, flushed, renamed; raises OSError."""
     part = f"{path}.part"
     try:
         with open(part, "wb") as file:
-            torch.save({"nanoaki": 1} | state, file)
+            torch.save({"nanoaki": VERSION} | state, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
@@ -783,8 +806,15 @@ def load_file(path) -> dict:
         raise ValueError(f"{path}: no such file; train a model first: python train.py") from None
     except Exception as e:  # torch.load raises whatever the bytes make it raise
         raise ValueError(f"{path}: not a nanoAKI checkpoint ({type(e).__name__})") from e
-    if not isinstance(state, dict) or "nanoaki" not in state:
+    version = state.get("nanoaki") if isinstance(state, dict) else None
+    if not isinstance(version, int):
         raise ValueError(f"{path}: a checkpoint, but not one of nanoAKI")
+    if version > VERSION:
+        raise ValueError(f"{path}: a checkpoint of version {version}, and this nanoAKI reads those "
+                         f"up to {VERSION}: a newer one is needed")
+    if version == 1:
+        weights = state.get("model", {})
+        weights["decoder.head.weight"] = weights.get("decoder.token.weight")
     return state
 
 

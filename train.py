@@ -59,7 +59,7 @@ class Settings:
                            1)
     align_lr: float = knob(0.02, "Muon's peak learning rate in stage 1")
     lr: float = knob(0.0035, "Muon's peak in stage 2; 0.01 destroys what stage 1 has learned")
-    adamw_lr: float = knob(0.002, "AdamW's peak in both stages: embeddings, norms and biases")
+    adamw_lr: float = knob(0.002, "AdamW's peak in both stages: embeddings, head, norms, biases")
     weight_decay: float = knob(0.0, "pull of matrices towards 0, times learning rate: for few data",
                                0)
     warmup: int = knob(50, "steps in which the learning rate rises, under a cosine that ends at 0",

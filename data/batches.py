@@ -106,7 +106,7 @@ class Batches(Dataset):
             return make_batch(self.examples, indices, picture_order, seed)
         except ValueError as e:  # raised in a worker, it would reach the user as a traceback
             none = torch.empty(0, dtype=torch.int64)
-            return Batch(none, none, none, none, none, none, none, [], problem=str(e), unread=[])
+            return Batch(none, none, none, none, none, none, none, 0, [], str(e), unread=[])
 
 
 def make_batch(examples: Examples, indices: list[int], picture_order: str,
@@ -135,9 +135,11 @@ def make_batch(examples: Examples, indices: list[int], picture_order: str,
     size = examples.config.image_size  # of one that is not shown: DDP waits for every gradient
     pictures = list(images.values()) or [torch.zeros(3, size, size, dtype=torch.uint8)]
     tokens, roles, targets = pad_batch([example.whole for example in rows] or [NOTHING])
+    row, column = (targets != -100).nonzero().unbind(1)
     return Batch(torch.stack(pictures), torch.tensor(shown, dtype=torch.int64), tokens,
                  roles, targets, visual=(roles == IMAGE).flatten().nonzero()[:, 0],
-                 learned=(targets != -100).flatten().nonzero()[:, 0],
+                 learned=row * tokens.shape[1] + column,
+                 start=min(column.tolist(), default=1) - 1,
                  ids=[example.id for example in rows], problem="", unread=unread)
 
 

@@ -3,17 +3,20 @@ Photographs: 96 x 96 scenes of cut-outs on plain grounds, questions in eight tas
 
     python data/photos.py                     # Tux Paint's: apt install tuxpaint-stamps-default
     python data/photos.py --pictures FILE     # that package as a .deb, on any system
-    python data/photos.py --pictures DIR      # any tree of pictures: DIR/cat/Tom.png, ...
+    python data/photos.py --pictures DIR --out data/mine    # any tree of them: DIR/cat/Tom.png, ...
 
 A thing's kind is its picture's folder, its name the first line of the .txt beside the picture, or
 else the file's name. Pictures of one name in one folder are one thing.
 """
 import lzma
+import os
 import random
 import re
 import sys
 import tarfile
 from collections import Counter
+from contextlib import suppress
+from functools import partial
 from io import BytesIO
 from pathlib import Path, PurePosixPath
 
@@ -23,10 +26,12 @@ from tqdm import tqdm
 if __name__ == "__main__":  # a script's folder is on the path, the repository's root is not
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data import scenes as grid
-from data.scenes import CELL, PLACES, Thing, command, the_only, write
+from data.scenes import CELL, PLACES, Thing, command, plural, the_only, write
+from nanoaki import to_eight_bits
 
 INSTALLED = Path("/usr/share/tuxpaint/stamps")
-STAMPS = """
+STAMPS = {}  # file of a photograph of Tux Paint's -> kind; most of its stamps are drawings
+for line in """
 animals/birds bird duck ostrich owl pelican penguin pigeon pink_flamingo tucan
 animals/fish fish butterflyfish clownfish coraltrout dolphinfish moonwrasse seahorse stripedfish
 animals/mammals mammal apes/gorilla elephant equines/zebra giraffe pig rodents/squirrel
@@ -41,28 +46,40 @@ plants/flowers flower daffodil flower10 iris marigold red-gazania rose yellow-fl
 plants/flowers flower whitestar-petunia
 vehicles vehicle auto/beetle auto/truck cycle/pink_tricycle emergency/firetruck race/indycar
 vehicles vehicle flight/balloon360 flight/planes/747 masstransit/green_korean_bus
-"""  # folder, kind and files of Tux Paint's photographs; most of its stamps are drawings
+""".strip().splitlines():
+    folder, kind, *names = line.split()
+    STAMPS |= {f"{folder}/{name}.png": kind for name in names}
 TASKS = ["exist", "count", "where", "at", "kind", "rel", "hop"]
-READ = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".txt")
+READ = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff", ".ppm",
+        ".txt")
 SIDE = 2 * CELL  # pictures are kept in this size; scenes show them smaller
 LONGEST = 30     # letters of a name: it is an answer
 FEWEST = 4       # kinds, and things of a kind: one of them is kept out of training
 
 
-def read_files(path: Path) -> dict:
-    """Name of a picture or text in a folder or a .deb -> what returns its bytes; ValueError."""
-    if path.is_dir():
-        return {file.relative_to(path).as_posix(): file.read_bytes for file in path.rglob("*")
-                if file.name.lower().endswith(READ) and file.is_file()}
-    if path == INSTALLED:
-        raise FileNotFoundError("Tux Paint's stamps are not installed: apt install tuxpaint-stamps"
-                                "-default, or --pictures with its .deb (packages.debian.org)")
+def read_folder(path: Path) -> dict:
+    """Name of each file below a folder -> a function that returns its bytes; raises OSError."""
+    def fail(error):
+        raise error
+
+    files = {}
+    for folder, folders, names in os.walk(path, onerror=fail):
+        for name in names + [name for name in folders if os.path.islink(f"{folder}/{name}")]:
+            file = Path(folder, name)
+            files[file.relative_to(path).as_posix()] = file.read_bytes
+    return files
+
+
+def read_package(path: Path) -> dict:
+    """The same of Tux Paint's stamps in a Debian package; raises ValueError, OSError."""
     files, header, size = {}, b"", 0
     try:
         with path.open("rb") as file:
-            file.seek(8)  # it is an `ar` archive: a line, then members with headers of 60 bytes
+            # It is an `ar` archive: a line, then members, each after a header of 60 bytes.
+            if file.read(8) != b"!<arch>\n":
+                raise EOFError("it does not begin as one")
             while not header.startswith(b"data.tar.xz"):
-                file.seek(size + size % 2, 1)
+                file.seek(size + size % 2, os.SEEK_CUR)
                 header = file.read(60)
                 length = re.fullmatch(rb".{48}(\d+) *`\n", header, re.DOTALL)
                 if length is None:
@@ -70,9 +87,12 @@ def read_files(path: Path) -> dict:
                 size = int(length[1])
             with lzma.open(file) as data, tarfile.open(fileobj=data, mode="r|") as tar:
                 for entry in tqdm(tar, desc=f"reading {path.name}", unit="file", leave=False):
-                    if entry.isfile() and entry.name.lower().endswith(READ):
+                    if entry.isfile():
                         name = entry.name.removeprefix(".").removeprefix(f"{INSTALLED.as_posix()}/")
-                        files[name] = BytesIO(tar.extractfile(entry).read()).getvalue
+                        content = b""  # of sounds, which most of them are
+                        if name.lower().endswith(READ):
+                            content = tar.extractfile(entry).read()
+                        files[name] = partial(bytes, content)
                 while data.read(2 ** 20):  # to the end, where its checksum is
                     pass
     except (ValueError, EOFError, lzma.LZMAError, tarfile.TarError) as e:
@@ -80,24 +100,30 @@ def read_files(path: Path) -> dict:
     return files
 
 
-def read_name(file: str, files: dict) -> str:
-    """The name of what a picture shows; raises ValueError."""
-    path = PurePosixPath(file)
-    text = files.get(f"{path.with_suffix('.txt')}", bytes)().decode("utf-8-sig", "replace")
-    line = text.split("\n")[0].strip(". \r")
-    name = re.sub("^(an?|the) +", "", line, flags=re.IGNORECASE) or path.stem.strip()
-    for word in (name, path.parent.name):
-        if not word.isprintable() or any(bad in word for bad in ("/", "<image>", "\ufffd")):
-            raise ValueError(f"{file}: a name or folder is UTF-8 without /, <image> and control "
-                             f"characters, not {word!r}")
-    return name
+def read_text(content: bytes) -> str:
+    """The name that a text beside a picture gives it: its first line, without article and stop."""
+    first = content.decode("utf-8-sig", "replace").splitlines()[:1]
+    line = " ".join("".join(first).split()).strip(". ")
+    return re.sub("^(an?|the) +", "", line, flags=re.IGNORECASE)
+
+
+def check_word(word: str, file: str) -> None:
+    """Raise ValueError if a name or kind cannot stand in a question."""
+    if not word.isprintable() or any(bad in word for bad in ("/", "<image>", "\ufffd")):
+        raise ValueError(f"{file!r}: a name or folder is printable UTF-8 without / and <image>, "
+                         f"not {word!r}")
 
 
 def read_picture(content: bytes) -> Image.Image:
     """In RGBA, without clear edges, of at most SIDE pixels; raises whatever a decoder raises."""
     with Image.open(BytesIO(content)) as image:
         image.draft("RGB", (2 * SIDE, 2 * SIDE))  # large JPEGs are decoded small
-        image = ImageOps.exif_transpose(image).convert("RGBA")
+        image.load()
+        with suppress(Exception):  # broken metadata around good pixels
+            image = ImageOps.exif_transpose(image)
+        if image.mode[0] in "IF":
+            image = to_eight_bits(image)
+        image = image.convert("RGBA")
     image = image.crop(image.getchannel("A").getbbox() or (0, 0, 1, 1))
     image.thumbnail((SIDE, SIDE))
     if max(image.size) < CELL or min(image.size) < 4:
@@ -105,38 +131,73 @@ def read_picture(content: bytes) -> Image.Image:
     return image
 
 
+def find_kinds(path: Path, files: dict) -> dict[str, str]:
+    """Kind of each picture, the name of its folder; raises ValueError on two that read alike."""
+    kinds, spelled = {}, {}
+    for file in sorted(files):
+        if file.lower().endswith(READ) and not file.lower().endswith(".txt"):
+            kinds[file] = PurePosixPath(path.resolve().name, file).parent.name
+    for file, kind in kinds.items():
+        check_word(kind, file)
+        other = spelled.setdefault(plural(kind).casefold(), kind)
+        if not kind or kind != other:
+            raise ValueError(f"{path}: the folders {other!r} and {kind!r} cannot be told apart in "
+                             f"a question; rename one")
+    return kinds
+
+
 def load(path: Path) -> dict[Thing, list[Image.Image]]:
-    """The things of a folder or .deb and their pictures; says what is left out; ValueError."""
-    files, things, left_out = read_files(path), {}, Counter()
-    kinds = {file: PurePosixPath(path.resolve().name, file).parent.name
-             for file in sorted(files) if not file.lower().endswith(".txt")}
-    stamps = {f"{folder}/{file}.png": kind for folder, kind, *some in
-              map(str.split, STAMPS.strip().splitlines()) for file in some}
-    if not stamps.keys().isdisjoint(kinds):
-        left_out["not listed as photographs"] = len(kinds.keys() - stamps.keys())
-        kinds = {file: stamps[file] for file in kinds if file in stamps}
+    """The things of a folder or .deb and their pictures; says what is left out.
+
+    Raises ValueError where these do not do, OSError where they cannot be read.
+    """
+    if not path.exists():
+        advice = "no such folder or Debian package"
+        if path == INSTALLED:
+            advice = ("Tux Paint's stamps are not installed: apt install tuxpaint-stamps-default, "
+                      "or --pictures with its .deb (packages.debian.org)")
+        raise FileNotFoundError(f"{path}: {advice}")
+    files = read_folder(path) if path.is_dir() else read_package(path)
+    texts = {file[:-4]: files[file] for file in files if file.lower().endswith(".txt")}
+    kinds = find_kinds(path, files)
+    left_out = {"not pictures by their names": [file for file in sorted(files)
+                                                if not file.lower().endswith(READ)]}
+    if not STAMPS.keys().isdisjoint(kinds):
+        left_out["not listed as photographs"] = sorted(kinds.keys() - STAMPS.keys())
+        kinds = {file: STAMPS[file] for file in kinds if file in STAMPS}
+    things, seen = {}, set()
     for file, kind in tqdm(kinds.items(), desc="reading pictures", unit="file", leave=False):
-        thing = Thing(read_name(file, files), (kind,))
+        stem = PurePosixPath(file).with_suffix("")
+        name = read_text(texts[f"{stem}"]()) if f"{stem}" in texts else ""
+        thing = Thing(name or stem.name.strip(), (kind,))
+        check_word(thing.name, file)
         try:
             picture = read_picture(files[file]())
         except Exception:
-            left_out["too small or unreadable"] += 1
-        else:
-            things.setdefault(thing, []).append(picture)
+            left_out.setdefault("too small or unreadable", []).append(file)
+            continue
+        if (picture.size, picture.tobytes()) in seen:  # else training might see one of the tests
+            left_out.setdefault("the same as another", []).append(file)
+            continue
+        seen.add((picture.size, picture.tobytes()))
+        things.setdefault(thing, {})[file] = picture
     names = Counter(word.casefold() for word in [*set(kinds.values()), *(t.name for t in things)])
-    for thing in [t for t in things if not (t.name and len(t.name) <= LONGEST)
-                  or names[t.name.casefold()] > 1]:
-        left_out["without a short name of their own"] += len(things.pop(thing))
+    for thing in list(things):
+        if not 0 < len(thing.name) <= LONGEST or names[thing.name.casefold()] > 1:
+            left_out.setdefault("without a short name of their own", []).extend(things.pop(thing))
     sizes = Counter(thing.traits for thing in things)
-    for thing in [t for t in things if sizes[t.traits] < FEWEST]:
-        left_out[f"of a kind with fewer than {FEWEST} things"] += len(things.pop(thing))
+    for thing in list(things):
+        if sizes[thing.traits] < FEWEST:
+            reason = f"of a kind with fewer than {FEWEST} things"
+            left_out.setdefault(reason, []).extend(things.pop(thing))
+    said = [f"{len(some):,} {why} ({some[0]!r})" for why, some in left_out.items() if some]
     number = len({thing.traits for thing in things})
-    said = (f"{sum(map(len, things.values()))} pictures of {len(things)} things of {number} kinds;"
-            f" left out: {', '.join(f'{n} {why}' for why, n in left_out.items()) or 'none'}")
+    line = (f"{sum(map(len, things.values()))} pictures of {len(things)} things of {number} kinds; "
+            f"left out: {', '.join(said) or 'none'}")
     if number < FEWEST:
-        raise ValueError(f"{path}: {FEWEST} kinds (folders) of {FEWEST} things are needed; {said}")
-    print(said)
-    return things
+        raise ValueError(f"{path}: {FEWEST} kinds (folders) of {FEWEST} things are needed; {line}")
+    print(line)
+    return {thing: list(pictures.values()) for thing, pictures in things.items()}
 
 
 def split_pictures(things: dict[Thing, list], seed: int) -> tuple[list, list, dict]:
@@ -146,10 +207,18 @@ def split_pictures(things: dict[Thing, list], seed: int) -> tuple[list, list, di
         kinds.setdefault(thing.traits, []).append(thing)
         some = rng.sample(pictures, len(pictures))
         n = max(1, len(some) // 4)  # of several pictures, training sees none of val and test
-        train[thing], held_out[thing] = some[n:] or some, some[:n]
+        held_out[thing] = some[:n]
+        train[thing] = some[n:] if len(some) > 1 else some
     new = [thing for some in kinds.values() for thing in rng.sample(some, len(some) // 4)]
     known = [thing for thing in things if thing not in new]
     return known, new, {"train": train, "val": held_out, "test": held_out}
+
+
+def even_out(some: list[Thing], things: dict[Thing, list]) -> list[Thing]:
+    """Some of the things, those of small kinds several times, so that kinds are drawn alike."""
+    sizes = Counter(thing.traits for thing in things)
+    most = max(sizes.values())
+    return [thing for thing in some for _ in range(round(most / sizes[thing.traits]))]
 
 
 def draw_scene(scene: dict[int, Thing], rng: random.Random, pictures: dict) -> Image.Image:
@@ -167,13 +236,19 @@ def draw_scene(scene: dict[int, Thing], rng: random.Random, pictures: dict) -> I
 
 def make(folder: Path, seed: int = 0, scenes: int = 20000, held_out: int = 600,
          pictures: Path = INSTALLED) -> None:
-    """Write the dataset, as shapes.make does; raises ValueError for pictures that do not do."""
-    known, new, shown = split_pictures(load(pictures), seed)
+    """Write the dataset, as shapes.make does.
+
+    Raises ValueError for pictures that do not do, OSError where they cannot be read, and
+    FileExistsError.
+    """
+    things = load(pictures)
+    known, new, shown = split_pictures(things, seed)
     traits = list(dict.fromkeys(kind for thing in known for kind in thing.traits))
+    known, new = even_out(known, things), even_out(new, things)
 
     def random_scene(rng, split):
-        things = new if split != "train" and rng.randrange(8) == 0 else known
-        return grid.random_scene(rng, things, questions, ["kind", "hop"])
+        some = new if split != "train" and rng.randrange(8) == 0 else known
+        return grid.random_scene(rng, some, questions, ["kind", "hop"])
 
     def questions(scene, task, rng):
         if task == "kind":
@@ -186,7 +261,7 @@ def make(folder: Path, seed: int = 0, scenes: int = 20000, held_out: int = 600,
         return pairs + kinds if task == "at" else pairs  # else nobody could answer `new`
 
     def ask(scene, rng):
-        if set(scene.values()) <= set(new):
+        if next(iter(scene.values())) in new:
             return [("new", *pair) for pair in questions(scene, "new", rng)]
         return grid.ask(questions, TASKS, scene, rng)
 

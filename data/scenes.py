@@ -7,13 +7,15 @@ split and its number alone.
 """
 import argparse
 import json
+import os
 import random
-import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Callable, NamedTuple
 
 from tqdm import tqdm
+
+from engine.flags import one_line
 
 PLACES = ["top left", "top", "top right", "left", "center", "right",
           "bottom left", "bottom", "bottom right"]
@@ -29,6 +31,8 @@ class Thing(NamedTuple):
 def plural(word: str) -> str:
     if word.endswith("s") and not word.endswith("ss"):
         return word  # a folder's name may be one
+    if word.endswith("y") and word[-2:-1] not in "aeiou":
+        return f"{word[:-1]}ies"
     return f"{word}es" if word.endswith(("ss", "sh", "ch", "x")) else f"{word}s"
 
 
@@ -56,12 +60,16 @@ def the_only(scene: dict[int, Thing]) -> list[tuple[Thing, str]]:
 
 def random_scene(rng: random.Random, things: list[Thing], questions: Callable,
                  tasks: list[str]) -> dict[int, Thing]:
-    """3 to 7 different things, not all, with a question in each task: place (0-8) -> thing."""
+    """3 to 7 different things, not all, with a question in each task: place (0-8) -> thing.
+
+    A thing that stands several times among the things is drawn as often.
+    """
+    most = min(7, len(set(things)) - 1)
     while True:
-        n = rng.randint(3, min(7, len(things) - 1))
+        n = rng.randint(3, most)
         some = rng.sample(things, n)
         scene = dict(sorted(zip(rng.sample(range(9), n), some)))
-        if all(questions(scene, task, rng) for task in tasks):
+        if len(set(some)) == n and all(questions(scene, task, rng) for task in tasks):
             return scene
 
 
@@ -117,7 +125,7 @@ def write(folder: Path, title: str, scenes: int, held_out: int, random_scene: Ca
     random_scene(rng, split) -> dict; draw(scene, rng, split) -> picture; ask(scene, rng) -> list.
     All is written beside the folder and renamed at the end: a folder that exists is whole.
     """
-    if folder.exists():
+    if os.path.lexists(folder):
         raise FileExistsError(f"{folder} exists already: remove it, or name another with --out")
     folder.parent.mkdir(parents=True, exist_ok=True)
     taken, captions = set(), []  # no scene is in two splits
@@ -165,10 +173,7 @@ def make_parser(dataset: str, pictures: Path | None = None) -> argparse.Argument
 def command(make: Callable, dataset: str, pictures: Path | None = None) -> None:
     flags = vars(make_parser(dataset, pictures).parse_args())
     out, seed, scenes = flags.pop("out"), flags["seed"], flags["scenes"]
-    try:
+    with one_line():
         if scenes < 1 or seed < 0:
             raise ValueError(f"--scenes must be at least 1 and --seed 0, not {scenes} and {seed}")
         make(out or Path(__file__).parent / f"{dataset}-seed{seed}", **flags)
-    except (ValueError, OSError) as e:
-        print(f"{Path(sys.argv[0]).name}: {e}", file=sys.stderr)
-        sys.exit(2)

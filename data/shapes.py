@@ -63,7 +63,7 @@ def questions(scene: dict[int, Thing], task: str, rng: random.Random) -> list[tu
 
 
 def make(folder: Path, seed: int = 0, scenes: int = 20000, held_out: int = 600) -> None:
-    """Write `scenes` to train on, `held_out` each for val and test."""
+    """Write `scenes` to train on, `held_out` each for val and test; raises FileExistsError."""
     write(folder, f"shapes {seed}", scenes, held_out,
           lambda rng, split: grid.random_scene(rng, THINGS, questions, ["attr", "hop"]),
           draw_scene, partial(ask, questions, TASKS))

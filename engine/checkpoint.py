@@ -8,7 +8,7 @@ import torch
 from engine.flags import as_command, flag, pick, quoted
 from engine.folder import refuse_used
 from engine.processes import rank_and_world
-from nanoaki import PRESETS, Config, NanoAKI, load_file, save_file
+from nanoaki import PRESETS, VERSION, Config, NanoAKI, load_file, save_file
 
 RESUMED = ("out", "device", "workers", "save_every", "vocab_size")  # flags free on --resume
 THERE = ("data", "skip_bad")  # free too: the folder may have moved, a picture may have broken
@@ -52,7 +52,8 @@ def settle(cls, flags: dict, resume: bool) -> tuple:
     if resume:
         start = out / "last.pt"
         state = load_file(start)
-        if (not {"optimizers", *(f.name for f in fields(Progress))} <= state.keys()
+        if (state["nanoaki"] != VERSION
+                or not {"optimizers", *(f.name for f in fields(Progress))} <= state.keys()
                 or set(state["settings"]) != {f.name for f in fields(cls)}):
             raise ValueError(f"{start}: not a run of this version that can be resumed")
         same_flags(flags, state["config"], cls(**state["settings"]), out)

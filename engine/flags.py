@@ -13,8 +13,10 @@ from engine.device import explain
 
 
 def fail(message) -> None:
-    """One clear line on standard error, exit code 2."""
-    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    """One clear line on standard error, exit code 2; what a terminal might obey is escaped."""
+    shown = [c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode()
+             for c in str(message)]
+    print(f"{Path(sys.argv[0]).name}: {''.join(shown)}", file=sys.stderr)
     raise SystemExit(2)
 
 

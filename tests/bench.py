@@ -60,8 +60,11 @@ def matmul_rate(device: torch.device, rows: int, width: int) -> float:
     return max(rates)
 
 
-def step_flops(model: NanoAKI, muon: Muon, batch: int, pictures: int, T: int) -> float:
-    """FLOP in the matrix products of a step: forward, backward (twice that) and Muon's."""
+def step_flops(model: NanoAKI, muon: Muon, batch: int, pictures: int, T: int, start: int) -> float:
+    """FLOP in the matrix products of a step: forward, backward (twice that) and Muon's.
+
+    Of T columns, the last decoder block computes those from start on, but keys and values of all.
+    """
     c = model.config
     patches = (c.image_size // c.patch_size) ** 2
     sizes = {n: p.numel() for n, p in model.named_parameters() if p.dim() > 1}
@@ -77,7 +80,10 @@ def step_flops(model: NanoAKI, muon: Muon, batch: int, pictures: int, T: int) ->
     for p in muon.param_groups[0]["params"]:
         short, long = sorted(p.shape)
         newton_schulz += 5 * (4 * short * short * long + 2 * short ** 3)
-    decoder = 3 * layers("decoder.blocks", T, c.n_embd, c.n_layer)
+    whole, last = (layers("decoder.blocks", tokens, c.n_embd, c.n_layer) / c.n_layer
+                   for tokens in (T, T - start))
+    last += 6 * start * c.n_embd ** 2 + 4 * (T - start) * start * c.n_embd  # their keys and values
+    decoder = 3 * ((c.n_layer - 1) * whole + last)
     return pictures * seen + batch * decoder + newton_schulz
 
 
@@ -91,7 +97,8 @@ def random_batch(config, batch_size: int, pictures: int, question: int, answer: 
     return Batch(images, torch.arange(batch_size) * pictures // batch_size, tokens, roles,
                  targets=torch.where(roles == ANSWER, tokens, -100),
                  visual=(roles == IMAGE).flatten().nonzero()[:, 0],
-                 learned=(roles == ANSWER).flatten().nonzero()[:, 0], ids=[], problem="")
+                 learned=(roles == ANSWER).flatten().nonzero()[:, 0],
+                 start=config.visual_tokens + question - 1, ids=[], problem="", unread=[])
 
 
 def bench_steps(args) -> None:
@@ -116,7 +123,7 @@ def bench_steps(args) -> None:
                 run.step(stage, (batch,), len(batch.learned))
                 synchronize(device)
                 times[stage.mask].append(time.perf_counter() - start)
-        flops = step_flops(run.model, run.optimizers[0], size, pictures, T)
+        flops = step_flops(run.model, run.optimizers[0], size, pictures, T, batch.start)
     rate = statistics.median(rates)
     print(f"matrix products: {rate / 1e9:.0f} GFLOP/s; a step of {size} examples about {pictures} "
           f"pictures, {T} positions: {flops / 1e9:.1f} GFLOP")

@@ -80,8 +80,9 @@ def make_batch(images, tokens, roles, targets) -> Batch:
         each, shown = images.unique(dim=0, return_inverse=True)
     visual = (roles == IMAGE).flatten().nonzero()[:, 0]
     learned = F.pad(targets[:, 1:] != -100, (1, 0))  # no logits stand before a row
+    start = int(learned.any(0).nonzero()[0]) - 1
     return Batch(each, shown, tokens, roles, targets, visual, learned.flatten().nonzero()[:, 0],
-                 [f"row {row}" for row in range(len(roles))], "", [])
+                 start, [f"row {row}" for row in range(len(roles))], "", [])
 
 
 def alone(images, tokens, roles):

@@ -577,7 +577,7 @@ def test_a_folder_tells_how_far_its_run_is(tmp_path):
     (["--resume"], "no such flag"),
     (["--steps", "0"], "steps must be at least 1"),
     (["--lr", "nan"], "lr must be above 0"),
-    (["--n-embd", "100"], "n_embd 100 must be a multiple of n_head 6"),
+    (["--n-embd", "100"], "n_embd 100 must be a multiple of n_head 3"),
     (["--init", "no/such/model.pt"], "no/such/model.pt: no such file"),
     (["--data", "no/such/folder"], "no/such/folder"),
 ])

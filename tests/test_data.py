@@ -741,6 +741,7 @@ def check_batch(batch, examples, indices, picture_order):
         assert (batch.targets[row, len(roles):] == -100).all()
         shown += e.pictures
     assert batch.visual.tolist() == visual and batch.learned.tolist() == learned
+    assert batch.start == min(n % T for n in learned) - 1
     assert batch.ids == [e.id for e in some] and batch.problem == ""
     assert all(value.dtype == torch.int64 for value in batch[1:7])
     assert batch.images.dtype == torch.uint8

@@ -292,8 +292,7 @@ def test_stream_reads_the_logits_of_the_plain_forward(mask, equal, monkeypatch):
     roles = torch.cat([given, torch.full((100, 5), ANSWER)], 1)
     images, tokens = fill(roles)
     read, forced = [], iter(tokens[:, LENGTH:].T)
-    head = model.decoder.head
-    monkeypatch.setattr(model.decoder, "head", lambda x: read.append(head(x)) or read[-1])
+    model.decoder.head.register_forward_hook(lambda head, states, logits: read.append(logits))
     monkeypatch.setattr(nanoaki, "choose", lambda *_: next(forced))
     steps = list(model.stream(images, tokens[:, :LENGTH], given, 5, mask=mask))
     assert steps == tokens[:, LENGTH:].T.tolist()
@@ -360,11 +359,14 @@ def test_mask_is_built_once_per_batch_and_shared_by_layers_and_heads(model, monk
     batch = make_batch(images, tokens, roles, torch.where(roles == ANSWER, tokens, -100))
     mask = make_mask(name, roles)[:, None]
     calls, built = spy_on_attention(monkeypatch), spy_on_masks(monkeypatch)
-    for call in (lambda: model(images, tokens, roles, mask=name), lambda: model.loss(batch, name)):
+    for start, call in [(0, lambda: model(images, tokens, roles, mask=name)),
+                        (batch.start, lambda: model.loss(batch, name))]:
         call()
-        *vit, first, second = calls
-        assert vit == [(None, False)] * 2 and first[0] is second[0] and built == [name]
-        assert torch.equal(first[0], mask) and (first[1], second[1]) == (False, False)
+        *vit, (first, *_), (second, *_) = calls
+        assert vit == [(None, False)] * 2 and built == [name]
+        assert torch.equal(first, mask) and torch.equal(second, mask[:, :, start:])
+        assert first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
+        assert not any(is_causal for _, is_causal in calls)
         calls.clear(), built.clear()
 
 
@@ -380,6 +382,8 @@ def test_mask_is_built_once_per_generate_and_shared_by_layers_and_steps(model, m
     assert built == [name] and calls[:2] == [(None, False)] * 2 and len(calls) == 2 + 2 * len(rows)
     for step, row in enumerate(rows):
         first, second = calls[2 + 2 * step:4 + 2 * step]
-        assert first[0] is second[0] and (first[1], second[1]) == (False, False)
+        last = slice(4, 6) if step == 0 else row  # of the prefill, rows from which one goes on
         assert torch.equal(first[0], mask[:, :, row, :row.stop])
+        assert torch.equal(second[0], mask[:, :, last, :row.stop])
+        assert (first[1], second[1]) == (False, False)
     assert len({m.untyped_storage().data_ptr() for m, _ in calls[2:]}) == 1

@@ -145,7 +145,7 @@ def test_ctrl_c_saves_exits_130_and_resume_ends_as_if_nothing_happened(
     (["--mask", "open"], ["open", "causal, mma"]),
     (["--order", "random"], ["random", "data, image, text, dual"]),
     (["--dtype", "int8"], ["int8", "float32, bfloat16"]),
-    (["--n-embd", "100"], ["n_embd 100", "n_head 6"]),
+    (["--n-embd", "100"], ["n_embd 100", "n_head 3"]),
     (["--block-size", "30"], ["block_size 30", "36"]),
     (["--device", "tpu"], ["tpu", "cpu"]),
     (["--lr", "nan"], ["lr", "nan"]),
@@ -525,9 +525,24 @@ def test_of_several_pictures_none_is_shown_blind_to_a_record_that_has_it():
     assert other_pictures(examples, [0, 4]) == {}
 
 
+def test_a_picture_with_several_questions_is_read_once(asked, monkeypatch):
+    model, examples = asked
+    some, read, encoded = list(range(len(examples))), [], []
+    monkeypatch.setattr(examples, "picture", lambda path: read.append(path)
+                        or Examples.picture(examples, path))
+    hook = model.vit.register_forward_pre_hook(lambda _, args: encoded.append(len(args[0])))
+    answers = answer_all(model, examples, some)
+    pictures = {path for i in some for path in examples[i].pictures}
+    assert len(read) == len(pictures) == sum(encoded) < len(some)
+    read.clear()
+    assert answer_all(model, examples, some, batch_size=1) == answers  # the control reads each
+    hook.remove()
+    assert len(read) == len(some)
+
+
 def test_stopping_after_the_longest_right_answer_changes_no_score(asked, monkeypatch):
     model, examples = asked
-    some, head = list(range(len(examples))), model.decoder.head
+    some, head = list(range(len(examples))), model.decoder.head.forward
 
     def seldom_ending(x):  # about half of the answers run on
         logits = head(x)
@@ -538,7 +553,7 @@ def test_stopping_after_the_longest_right_answer_changes_no_score(asked, monkeyp
         return scores([Answered("", e.task, "", e.answer, answer, None)
                        for e, answer in zip(map(examples.__getitem__, some), answers)])["accuracy"]
 
-    monkeypatch.setattr(model.decoder, "head", seldom_ending)
+    monkeypatch.setattr(model.decoder.head, "forward", seldom_ending)
     pictures = [examples[i].pictures[0] for i in some]
     full = [a.strip() for a in model.ask(pictures, [examples[i].question for i in some])]
     cut = answer_all(model, examples, some)
