@@ -270,29 +270,29 @@ def prompt_words(tokenizer: Tokenizer, ids: list[int], roles: list[int]):
 
 def attention_maps(model: NanoAKI, pictures: list, question: str,
                    mask: str | None = None, max_new_tokens: int | None = None) -> Attention:
-    """The attention weights of the very forward that answers a question about pictures.
+    """The attention weights of a forward over a question about pictures and its greedy answer.
 
-    They come with the greedy answer's generation: one pass over all that is given, then one row a
-    token. The last generated token is never attended from. Raises ValueError as NanoAKI.ask does.
+    Generation has the same, but computes of the last block only what it needs. The last generated
+    token is never attended from. Raises ValueError as NanoAKI.ask does.
     """
     limit = model.config.block_size if max_new_tokens is None else max_new_tokens
     if limit < 1:
         raise ValueError(f"max_new_tokens must be at least 1, not {limit}")
     training, (images, tokens, roles) = model.training, model.prompt([pictures], [question])
+    (ids,), start = model.generate(images, tokens, roles, limit, mask=mask), tokens.shape[1]
+    ended = len(ids) < min(limit, model.config.block_size - start)
+    read = torch.tensor([ids if ended else ids[:-1]], dtype=torch.int64, device=tokens.device)
+    roles = F.pad(roles, (0, read.shape[1]), value=ANSWER)  # the answer begins at start
     model.eval()
     with Recorder() as recorder, torch.no_grad():
-        ids = [new for (new,) in model.stream(images, tokens, roles, limit, mask=mask)]
+        model.hidden(images, torch.cat([tokens, read], 1), roles, mask)
     model.train(training)
-    n, start = len(model.decoder.blocks), tokens.shape[1]
-    passes = [torch.cat(recorder.weights[i:i + n]) for i in range(0, len(recorder.weights), n)]
-    T = start + len(passes) - 1                             # the answer begins at start
-    weights = torch.cat([F.pad(w, (0, T - w.shape[-1])) for w in passes], 2).cpu()
-    roles = F.pad(roles[0], (0, T - start), value=ANSWER).cpu()
+    weights, roles = torch.cat(recorder.weights).cpu(), roles[0].cpu()
     visual = roles == IMAGE
     words = prompt_words(model.tokenizer, tokens[0].tolist(), roles.tolist()[:start])
     reads = torch.stack([weights[..., visual, :][..., some].sum(-1) for some, _ in words], 2)
     pieces = split_tokens(model.tokenizer, ids, r"(?s).|\Z")  # by characters; the end has no text
-    if len(passes) > len(ids):
+    if ended:
         pieces.append(([len(ids)], "<eos>"))
     looks = weights[:, :, start - 1:][..., visual]          # the row before a token predicts it
     looks = torch.stack([looks[:, :, some].mean(2) for some, _ in pieces], 2)
