@@ -155,7 +155,7 @@ def load(path: Path) -> dict[Thing, list[Image.Image]]:
         advice = "no such folder or Debian package"
         if path == INSTALLED:
             advice = ("Tux Paint's stamps are not installed: apt install tuxpaint-stamps-default, "
-                      "or --pictures with its .deb (packages.debian.org)")
+                      "or --pictures FILE.deb with that package (packages.debian.org)")
         raise FileNotFoundError(f"{path}: {advice}")
     files = read_folder(path) if path.is_dir() else read_package(path)
     texts = {file[:-4]: files[file] for file in files if file.lower().endswith(".txt")}
@@ -169,7 +169,7 @@ def load(path: Path) -> dict[Thing, list[Image.Image]]:
     for file, kind in tqdm(kinds.items(), desc="reading pictures", unit="file", leave=False):
         stem = PurePosixPath(file).with_suffix("")
         name = read_text(texts[f"{stem}"]()) if f"{stem}" in texts else ""
-        thing = Thing(name or stem.name.strip(), (kind,))
+        thing = Thing(name or stem.name.replace("_", " ").strip(), (kind,))
         check_word(thing.name, file)
         try:
             picture = read_picture(files[file]())

@@ -9,13 +9,15 @@ import argparse
 import json
 import os
 import random
+import signal
+import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Callable, NamedTuple
 
 from tqdm import tqdm
 
-from engine.flags import one_line
+from engine.flags import one_line, run_script
 
 PLACES = ["top left", "top", "top right", "left", "center", "right",
           "bottom left", "bottom", "bottom right"]
@@ -118,6 +120,11 @@ def talk(human: str, gpt: str) -> list[dict]:
     return [{"from": "human", "value": f"<image>\n{human}"}, {"from": "gpt", "value": gpt}]
 
 
+def refuse_existing(folder: Path) -> None:
+    if os.path.lexists(folder):
+        raise FileExistsError(f"{folder} exists already: remove it, or name another with --out")
+
+
 def write(folder: Path, title: str, scenes: int, held_out: int, random_scene: Callable,
           draw: Callable, ask: Callable) -> None:
     """Write a dataset of scenes, each drawn from title, split and number; raises FileExistsError.
@@ -125,8 +132,7 @@ def write(folder: Path, title: str, scenes: int, held_out: int, random_scene: Ca
     random_scene(rng, split) -> dict; draw(scene, rng, split) -> picture; ask(scene, rng) -> list.
     All is written beside the folder and renamed at the end: a folder that exists is whole.
     """
-    if os.path.lexists(folder):
-        raise FileExistsError(f"{folder} exists already: remove it, or name another with --out")
+    refuse_existing(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     taken, captions = set(), []  # no scene is in two splits
     with (TemporaryDirectory(prefix=f"{folder.name}.part", dir=folder.parent) as beside,
@@ -162,7 +168,8 @@ def make_parser(dataset: str, pictures: Path | None = None) -> argparse.Argument
     parser = argparse.ArgumentParser(description=f"make the {dataset} dataset", allow_abbrev=False,
                                      usage=argparse.SUPPRESS)  # errors are one line
     parser.add_argument("--seed", type=int, default=0, help="others give other scenes (default 0)")
-    parser.add_argument("--scenes", type=int, default=20000, help="to train on (default 20000)")
+    parser.add_argument("--scenes", type=int, default=20000,
+                        help="to train on (default 20000); to validate and to test there are 600")
     parser.add_argument("--out", type=Path, help=f"folder (default data/{dataset}-seed<seed>)")
     if pictures:
         parser.add_argument("--pictures", type=Path, default=pictures,
@@ -171,9 +178,18 @@ def make_parser(dataset: str, pictures: Path | None = None) -> argparse.Argument
 
 
 def command(make: Callable, dataset: str, pictures: Path | None = None) -> None:
+    """A script that makes a dataset; Ctrl-C and SIGTERM end it with nothing half-written."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    run_script(lambda: run(make, dataset, pictures))
+
+
+def run(make: Callable, dataset: str, pictures: Path | None) -> None:
     flags = vars(make_parser(dataset, pictures).parse_args())
     out, seed, scenes = flags.pop("out"), flags["seed"], flags["scenes"]
+    out = out or Path(__file__).parent / f"{dataset}-seed{seed}"
     with one_line():
         if scenes < 1 or seed < 0:
             raise ValueError(f"--scenes must be at least 1 and --seed 0, not {scenes} and {seed}")
-        make(out or Path(__file__).parent / f"{dataset}-seed{seed}", **flags)
+        refuse_existing(out)  # before pictures are read
+        make(out, **flags)
+        print(f"made {out}: python train.py --data {out}")

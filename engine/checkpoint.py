@@ -55,7 +55,8 @@ def settle(cls, flags: dict, resume: bool) -> tuple:
         if (state["nanoaki"] != VERSION
                 or not {"optimizers", *(f.name for f in fields(Progress))} <= state.keys()
                 or set(state["settings"]) != {f.name for f in fields(cls)}):
-            raise ValueError(f"{start}: not a run of this version that can be resumed")
+            raise ValueError(f"{start}: not a run of this version that can be resumed; "
+                             f"--init takes its model")
         same_flags(flags, state["config"], cls(**state["settings"]), out)
         settings, config = cls(**state["settings"] | pick(cls, flags)), Config(**state["config"])
     elif settings.init:

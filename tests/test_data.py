@@ -6,9 +6,13 @@ import os
 import pickle
 import random
 import re
+import signal
+import subprocess
 import sys
+import time
 from collections import Counter, defaultdict, namedtuple
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -26,6 +30,7 @@ from nanoaki import ANSWER, IMAGE, PAD, PROMPT, Config, NanoAKI, Tokenizer, fit_
 
 CONFIG = Config(image_size=16, patch_size=8, vit_embd=32, n_embd=32, n_head=2, vit_head=2,
                 block_size=96)
+ROOT = Path(__file__).parent.parent
 PARTS = [1, 2, 3, 7, 1 << 20]  # characters that json_items reads at a time
 
 # The built-in datasets ---------------------------------------------------------------------------
@@ -91,6 +96,20 @@ def test_bad_flags_of_the_data_scripts_get_one_line_and_make_nothing(flags, want
     error = capsys.readouterr().err
     assert ended.value.code == 2 and wanted in error and error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGTERM that can be handled")
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_data_script_says_at_most_a_line_and_leaves_nothing(number, code, tmp_path):
+    script = subprocess.Popen([sys.executable, "data/shapes.py", "--out", str(tmp_path / "out")],
+                              cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    while not list(tmp_path.iterdir()) and script.poll() is None:
+        time.sleep(0.05)
+    assert [path.name[:8] for path in tmp_path.iterdir()] == ["out.part"]
+    script.send_signal(number)
+    _, error = script.communicate(timeout=60)
+    assert script.returncode == code and not list(tmp_path.iterdir())
+    assert b"Traceback" not in error and error.count(b"\n") <= 1  # the bar erases itself
 
 
 def test_no_scene_is_in_two_splits(made):

@@ -264,15 +264,15 @@ def test_size_place_side_and_ground_vary_and_a_tile_hides_the_ground(tmp_path):
     ("A red squirrel.\nfr.utf8=Un écureuil roux.", "red squirrel"), ("An owl", "owl"),
     ("the Moon.\r\n", "Moon"), ("Anemone.", "Anemone"), ("\ufeffA café", "café"),
     ("A\tsnow\u00a0owl \t.\ranother line", "snow owl"), (None, "the file 7"), ("", "the file 7"),
-    ("A ", "A")])
+    ("A ", "A")])  # the file's own name is the_file 7
 def test_a_name_is_the_first_line_beside_the_picture_or_the_name_of_its_file(text, name, tmp_path):
     if text is not None:
         (tmp_path / "in/bird").mkdir(parents=True)
-        (tmp_path / "in/bird/the file 7.TXT").write_bytes(text.encode())
+        (tmp_path / "in/bird/the_file 7.TXT").write_bytes(text.encode())
     for i, kind in enumerate(KINDS[:4]):
         for j in range(4):
             save(cut_out((i, j, 9)), tmp_path / f"in/{kind}/{kind} {j}.png")
-    save(cut_out((9, 9, 9)), tmp_path / "in/bird/the file 7.png")
+    save(cut_out((9, 9, 9)), tmp_path / "in/bird/the_file 7.png")
     names = [thing.name for thing in photos.load(tmp_path / "in")]
     assert name in names and len(names) == 17
 
