@@ -31,6 +31,7 @@ from nanoaki import ANSWER, Config, Tokenizer, build_sequence, fit_picture, plac
 EDGE_PICTURES = re.compile(r"^(\s*<image>)+|(<image>\s*)+$")  # where they need not be shown
 LONGEST = 2048  # positions, where the data choose how many a model has
 
+
 def say_once(line: str, said: set[str]) -> None:
     """Print a line on standard error if it is not among those said before."""
     if line not in said:

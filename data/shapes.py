@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw
 if __name__ == "__main__":  # a script's folder is on the path, the repository's root is not
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data import scenes as grid
-from data.scenes import CELL, PLACES, Thing, ask, command, the_only, write  # noqa: F401
+from data.scenes import CELL, Thing, ask, command, the_only, write
 
 COLORS = {"red": (214, 39, 40), "green": (44, 150, 44), "blue": (35, 80, 200),
           "yellow": (240, 200, 20), "purple": (140, 50, 170), "orange": (245, 130, 25)}

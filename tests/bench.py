@@ -26,6 +26,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from data import shapes  # noqa: E402
 from data.llava import Records  # noqa: E402
+from data.scenes import PLACES  # noqa: E402
 from draw import attention_maps  # noqa: E402
 from engine.checkpoint import Progress  # noqa: E402
 from engine.device import choose_device, keep_freed_memory  # noqa: E402
@@ -220,9 +221,9 @@ def bench_reads(path: str, questions: int = 150) -> None:
         question = record["conversations"][0]["value"].removeprefix("<image>\n")
         direction, color, shape = re.match(r"what is (\w+).* (\w+) (\w+)\?", question).groups()
         objects = names[record["image"]].split(", ")
-        place = next(p for p in shapes.PLACES if f"{p} {color} {shape}" in objects)
+        place = next(p for p in PLACES if f"{p} {color} {shape}" in objects)
         on = torch.zeros(3, 3, dtype=torch.bool)
-        on.view(-1)[shapes.PLACES.index(place)] = True
+        on.view(-1)[PLACES.index(place)] = True
         on = on.repeat_interleave(side // 3, 0).repeat_interleave(side // 3, 1).flatten()
         maps = attention_maps(model, [Image.open(folder / record["image"])], question)
         kinds = {direction: "direction", color: "color", shape: "shape"}

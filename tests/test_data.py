@@ -24,6 +24,7 @@ from data import digits, shapes
 from data.batches import Batches, Order, augment, make_batch
 from data.formats import json_items
 from data.llava import Examples, Records
+from data.scenes import PLACES
 from engine.processes import load
 from helpers import make_tiny
 from nanoaki import ANSWER, IMAGE, PAD, PROMPT, Config, NanoAKI, Tokenizer, fit_picture
@@ -123,7 +124,7 @@ def test_no_scene_is_in_two_splits(made):
 def solve(question, scene):
     """The answer, from scratch: scene is {(row, column): (color, shape)}."""
     step = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 0)}
-    place = {p: (i // 3, i % 3) for i, p in enumerate(shapes.PLACES)}
+    place = {p: (i // 3, i % 3) for i, p in enumerate(PLACES)}
 
     def find(words):
         hits = [at for at, kind in scene.items()
@@ -157,7 +158,7 @@ def test_every_answer_is_right_and_every_question_has_one(made):
     scenes = {}
     for record in records(made, "captions"):
         objects = [o.rsplit(" ", 2) for o in list(turns(record))[1].split(", ")]
-        scenes[record["image"]] = {divmod(shapes.PLACES.index(p), 3): (c, s) for p, c, s in objects}
+        scenes[record["image"]] = {divmod(PLACES.index(p), 3): (c, s) for p, c, s in objects}
     for record in records(made, "train"):
         question, answer = turns(record)
         assert solve(question, scenes[record["image"]]) == answer, record
@@ -167,7 +168,7 @@ def test_a_caption_names_what_the_picture_shows(made):
     for record in records(made, "captions")[:300]:
         picture = Image.open(made / record["image"])
         for place, color, _ in (o.rsplit(" ", 2) for o in list(turns(record))[1].split(", ")):
-            row, column = divmod(shapes.PLACES.index(place), 3)
+            row, column = divmod(PLACES.index(place), 3)
             cell = picture.crop((32 * column, 32 * row, 32 * column + 32, 32 * row + 32))
             seen = max((p for _, p in cell.getcolors(1024)), key=lambda p: max(p) - min(p))
             near = min(shapes.COLORS, key=lambda c: sum((a - b) ** 2
@@ -207,7 +208,7 @@ def test_digits_are_scans_that_no_other_split_has_and_its_answers_are_right(tmp_
     words = {"left of": -1, "right of": 1, "above": -3, "below": 3}
     asked = Counter()
     for r in records(tmp_path / "digits", "train"):
-        scene = {shapes.PLACES.index(place): digit for place, digit in
+        scene = {PLACES.index(place): digit for place, digit in
                  (o.rsplit(" ", 1) for o in captions[r["image"]].split(", "))}
         question, answer = turns(r)
         where = {digit: place for place, digit in scene.items()}
@@ -216,8 +217,8 @@ def test_digits_are_scans_that_no_other_split_has_and_its_answers_are_right(tmp_
         line = question[question.find("in the ") + 7:-1]
         right = {"exist": lambda: "yes" if found[0] in where else "no",
                  "count": lambda: str(list(scene.values()).count(found[0])),
-                 "where": lambda: shapes.PLACES[where[found[0]]],
-                 "at": lambda: scene[shapes.PLACES.index(question[22:-1])],
+                 "where": lambda: PLACES[where[found[0]]],
+                 "at": lambda: scene[PLACES.index(question[22:-1])],
                  "rel": lambda: scene[where[found[0]] + step],
                  "sum": lambda: str(int(found[0]) + int(scene[where[found[0]] + step])),
                  "max": lambda: max(scene[p] for p in digits.LINES[line] if p in scene)}
@@ -931,7 +932,7 @@ def test_augmentation_keeps_what_answers_are_about_and_is_a_function_of_the_batc
 
         assert alike(after) > max(alike(after.flip(2)), alike(after.flip(1)), 0.5)
         for place, color, _ in (o.rsplit(" ", 2) for o in list(turns(record))[1].split(", ")):
-            row, column = divmod(shapes.PLACES.index(place), 3)
+            row, column = divmod(PLACES.index(place), 3)
             cell = after[:, 32 * row:32 * row + 32, 32 * column:32 * column + 32].float()
             strong = (cell.amax(0) - cell.amin(0)).flatten().topk(40).indices
             seen = cell.flatten(1)[:, strong].median(1).values.tolist()
