@@ -20,6 +20,7 @@ import re
 from collections import Counter, defaultdict
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,6 +30,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageOps, PngImagePlugin
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 # Part one: the model
 
@@ -97,18 +99,49 @@ def leaky(q: Token, k: Token) -> Tensor:
 MASKS = {"causal": causal, "mma": mma, "prefix": prefix, "image": image_run, "leaky": leaky}
 
 
+def sees(name: str, q: Token, k: Token) -> Tensor:
+    """Whether a query sees a key of its row; ValueError on no mask of that name."""
+    if name not in MASKS:
+        raise ValueError(f"mask {name!r} is none of {', '.join(MASKS)}")
+    real = (q.role != PAD) & (k.role != PAD)
+    return MASKS[name](q, k) & real | (q.place == k.place)  # itself: no softmax row is empty
+
+
 def make_mask(name: str, roles: Tensor) -> Tensor:
     """The mask of that name, bool (B, T, T), of roles (B, T): True where a query (row) sees a key.
 
     PAD sees only itself and is seen by nobody else. Raises ValueError on no such name.
     """
-    if name not in MASKS:
-        raise ValueError(f"mask {name!r} is none of {', '.join(MASKS)}")
     place = torch.arange(roles.shape[1], device=roles.device)[None]
     tokens = Token(place, roles, (roles >= PROMPT).cumsum(1))
     q, k = Token(*(x[:, :, None] for x in tokens)), Token(*(x[:, None, :] for x in tokens))
-    real = (q.role != PAD) & (k.role != PAD)
-    return MASKS[name](q, k) & real | (q.place == k.place)  # itself: no softmax row is empty
+    return sees(name, q, k)
+
+
+def make_block_mask(name: str, roles: Tensor) -> BlockMask:
+    """make_mask for flex_attention (arXiv 2412.05496): only blocks that see anything are computed.
+
+    The rules are the same, asked about two places instead of all at once.
+    """
+    (B, T), run = roles.shape, (roles >= PROMPT).cumsum(1)
+
+    def mask_mod(b, head, q, k):
+        return sees(name, Token(q, roles[b, q], run[b, q]), Token(k, roles[b, k], run[b, k]))
+
+    return compiled(create_block_mask, roles.device)(mask_mod, B, None, T, T, roles.device)
+
+
+@cache
+def compiled(function, device: torch.device):
+    """A function for flex_attention, compiled on a GPU: without, it takes the memory it saves."""
+    return torch.compile(function) if device.type == "cuda" else function
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | BlockMask | None, p: float) -> Tensor:
+    """Attention of queries (B, heads, T, C / heads) under a mask of either kind; p is dropout."""
+    if isinstance(mask, BlockMask):
+        return compiled(flex_attention, q.device)(q, k, v, block_mask=mask)
+    return F.scaled_dot_product_attention(q, k, v, mask, dropout_p=p)
 
 
 class Cache:
@@ -154,7 +187,7 @@ class Block(nn.Module):
             k, v = cache.extend(k, v)
         if start:
             x, q, mask = x[:, start:], q[:, :, start:], mask[:, :, start:]
-        y = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=p)
+        y = attend(q, k, v, mask, p)
         x = x + F.dropout(self.out(y.transpose(1, 2).reshape(x.shape)), p)
         y = F.gelu(self.up(self.norm2(x)), approximate="tanh")          # (B, T, 4 C)
         return x + F.dropout(self.down(y), p)
@@ -243,6 +276,7 @@ class Model(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
+        self.flex = False  # flex_attention in loss: for long sequences in training, on a GPU
         self.vit, self.projector, self.decoder = ViT(config), Projector(config), Decoder(config)
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -268,10 +302,14 @@ class Model(nn.Module):
         """Training's entrance: forward's loss, of a Batch; the host waits for no value of it."""
         visual = self.see(batch.images)[batch.shown]                    # (shown, V, n_embd)
         x = self.embed(visual, batch.visual, batch.tokens, batch.roles)
-        sees = make_mask(mask or self.config.mask, batch.roles)[:, None]
-        x = self.decoder(x, sees, start=batch.start)                    # (B, T - start, n_embd)
-        T = batch.tokens.shape[1]
-        x = x[batch.learned // T, batch.learned % T - 1 - batch.start]  # t - 1 predicts t
+        (T, name), start = (batch.tokens.shape[1], mask or self.config.mask), batch.start
+        if self.flex:  # whole blocks of 128, so that nothing is compiled anew for another length
+            x, start = F.pad(x, (0, 0, 0, -T % 128)), 0
+            sees = make_block_mask(name, F.pad(batch.roles, (0, -T % 128)))
+        else:
+            sees = make_mask(name, batch.roles)[:, None]
+        x = self.decoder(x, sees, start=start)                          # (B, T - start, n_embd)
+        x = x[batch.learned // T, batch.learned % T - 1 - start]        # t - 1 predicts t
         targets = batch.targets.flatten()[batch.learned]
         loss = F.cross_entropy(self.decoder.head(x).float(), targets, reduction="sum")
         return loss / max(1, len(targets))                              # of nothing it is 0

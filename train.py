@@ -75,6 +75,9 @@ class Settings:
     augment: bool = knob(False, "vary pictures in ways that keep answers true: for few pictures")
     skip_bad: bool = knob(False, "leave bad records out, counted, where the run would be refused")
     compile: bool = knob(False, "torch.compile: a slow start, then faster steps on a GPU")
+    attention: str = knob("dense", "dense masks, or flex: torch's flex_attention, on a CUDA GPU, "
+                                   "for sequences of thousands of tokens",
+                          choices=["dense", "flex"])
     dtype: str = knob("auto", "float32 or bfloat16 (autocast); auto is bfloat16 on recent GPUs",
                       choices=["auto", "float32", "bfloat16"])
     device: str = knob("auto", "auto, cpu, cuda or mps")
@@ -91,6 +94,8 @@ class Settings:
                 raise ValueError(f"freeze {self.freeze!r} must be vit, decoder or vit,decoder")
         if self.freeze and not self.init:
             raise ValueError("freeze needs init: a part that was never trained knows nothing")
+        if self.attention == "flex" and self.compile:
+            raise ValueError("attention flex compiles itself: it needs compile off")
         if not self.steps and (self.init or not self.align_steps):
             raise ValueError("there is nothing to train: steps is 0, and there is no stage 1")
 
@@ -391,6 +396,8 @@ def train(argv: list[str] | None) -> None:
     (rank, world), out = rank_and_world(), Path(s.out)
     device, reason = choose_device(s.device, s.dtype)
     print(reason + (f", {world} processes" if world > 1 else "") + f"\nmask: {config.mask}")
+    if s.attention == "flex" and (device.type != "cuda" or config.dropout):
+        raise ValueError("attention flex needs a CUDA GPU, for its backward, and dropout 0")
     state = load_file(path) if path else None
     tokenizer, config, stages, examples, digests = first_does(
         lambda: prepare(s, config, state, not state and "block_size" not in flags))
@@ -401,6 +408,7 @@ def train(argv: list[str] | None) -> None:
     print(f"model: {s.init or s.preset}, {sum(p.numel() for p in model.parameters()):,} "
           f"parameters, {config.visual_tokens} visual tokens a picture, {len(tokenizer)} tokens "
           f"in the vocabulary")
+    model.flex = s.attention == "flex"
     for part in filter(None, s.freeze.split(",")):
         getattr(model, part).requires_grad_(False)
     if state:

@@ -4,6 +4,7 @@ What is measured rather than tested: time of a step, memory of a large dataset, 
     python tests/bench.py                               # a step under each mask
     ONEDNN_MAX_CPU_ISA=AVX2 python tests/bench.py
     python tests/bench.py --preset small --device cuda
+    python tests/bench.py --tokens 4096 --device cuda   # attention at length: dense, flex, causal
     python tests/bench.py --records 665000              # Linux: 1 GB of records, as LLaVA-1.5 has
     python tests/bench.py --kills 200                   # train.py is killed and resumed
     python tests/bench.py --reads out/shapes/model.pt   # which words visual tokens attend to
@@ -21,6 +22,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -33,7 +35,8 @@ from engine.device import choose_device, keep_freed_memory  # noqa: E402
 from engine.flags import Parser  # noqa: E402
 from engine.optimizer import Muon  # noqa: E402
 from helpers import ROOT, kill_and_resume, make_tiny  # noqa: E402
-from nanoaki import ANSWER, IMAGE, MASKS, PRESETS, PROMPT, Batch, NanoAKI  # noqa: E402
+from nanoaki import (ANSWER, IMAGE, MASKS, PRESETS, PROMPT, Batch, NanoAKI, attend,  # noqa: E402
+                     make_block_mask, make_mask)
 from train import Run, Settings, Stage  # noqa: E402
 
 
@@ -132,6 +135,58 @@ def bench_steps(args) -> None:
         median = statistics.median(seconds)
         print(f"{mask:<8}{1e3 * median:>8.1f} ms a step{size / median:>8.0f} samples/s"
               f"{flops / median / rate:>8.0%} of the matrix-product rate")
+
+
+def bench_length(args) -> None:
+    """Attention of 12 blocks at a length: flash under causal, flex and dense under MMA.
+
+    Half of a row is visual tokens, a quarter the question, the rest the answer. A CPU has no
+    backward of flex_attention: there it is the forward.
+    """
+    device, reason = choose_device(args.device)
+    print(reason)
+    T, gpu = args.tokens, device.type == "cuda"
+    roles = torch.full((args.batch_size, T), ANSWER, device=device)
+    roles[:, :3 * T // 4] = PROMPT
+    roles[:, :T // 2] = IMAGE
+    shape, dtype = (args.batch_size, 12, T, 64), torch.bfloat16 if gpu else torch.float32
+    q, k, v, g = (torch.randn(shape, device=device, dtype=dtype) for _ in range(4))
+    for x in (q, k, v):
+        x.requires_grad_(gpu)
+    kinds = {"causal, flash": lambda: None,
+             "mma, dense": lambda: make_mask("mma", roles)[:, None],
+             "mma, flex": lambda: make_block_mask("mma", roles),
+             "causal, flex": lambda: make_block_mask("causal", roles)}
+    times, memory, first = {kind: [] for kind in kinds}, {}, {}
+    for n in range(args.rounds + 1):  # in turn; the first compiles
+        for kind, make in kinds.items():
+            if gpu:
+                torch.cuda.reset_peak_memory_stats()
+            synchronize(device)
+            start, mask = time.perf_counter(), make()  # once for all blocks
+            for _ in range(12):
+                q.grad = k.grad = v.grad = None
+                if mask is None:
+                    y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+                else:
+                    y = attend(q, k, v, mask, 0.0)
+                if gpu:
+                    y.backward(g)
+            synchronize(device)
+            times[kind].append(time.perf_counter() - start)
+            if gpu:
+                memory[kind] = torch.cuda.max_memory_allocated() / 2 ** 20
+            if n == 0:
+                first[kind] = [y.detach()] + [x.grad for x in (q, k, v) if gpu]
+    apart = [(a - b).abs().max().item() for a, b in zip(first["mma, dense"], first["mma, flex"])]
+    what = "forward and backward" if gpu else "forward alone"
+    print(f"{args.batch_size} rows of {T} tokens, 12 heads of 64, {what}; under MMA, flex and dense "
+          f"differ by at most {max(apart):.1e}")
+    flash = statistics.median(times["causal, flash"][1:])
+    for kind, seconds in times.items():
+        median = statistics.median(seconds[1:])
+        print(f"{kind:<16}{1e3 * median:>10.1f} ms{median / flash:>8.2f} of flash"
+              + (f"{memory[kind]:>10.0f} MiB at most" if gpu else ""))
 
 
 def synthesise(folder: Path, records: int) -> None:
@@ -246,6 +301,7 @@ def make_parser() -> Parser:
     parser.add_argument("--batch-size", type=int, default=defaults.batch_size)
     parser.add_argument("--share", type=int, default=defaults.share)
     parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--tokens", type=int, help="attention at that length, instead")
     parser.add_argument("--records", type=int, help="memory with that many records, instead")
     parser.add_argument("--kills", type=int, help="kill that often, instead")
     parser.add_argument("--reads", metavar="FILE", help="what visual tokens of a model attend to, "
@@ -261,6 +317,8 @@ if __name__ == "__main__":
         bench_reads(args.reads)
     elif args.kills:
         bench_kills(args.kills)
+    elif args.tokens:
+        bench_length(args)
     else:
         keep_freed_memory()
         bench_steps(args)

@@ -1,6 +1,6 @@
 """Ready for a GPU, as far as a CPU can show it: a step waits for no value, precision is chosen."""
 import os
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 
 import pytest
 import torch
@@ -248,3 +248,17 @@ def test_compile_without_a_compiler_is_one_line_and_so_is_a_model_too_large(tmp_
         assert e.value.code == 2
     assert "not enough memory" in said[0]
     assert "--compile does not work here" in said[1] and "compiler" in said[1]
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--attention", "flex"], "attention flex needs a CUDA GPU"),
+    (["--attention", "flex", "--compile"], "attention flex compiles itself")])
+def test_flex_attention_where_it_cannot_train_is_one_line(tmp_path, capsys, flags, words):
+    data = make_tiny(tmp_path / "data", n=12)
+    for attention in (flags, ["--attention", "dense"]):  # which works
+        command = ["--data", data, "--out", tmp_path / "out", *TINY, "--steps", "2", *attention]
+        with suppress(SystemExit):
+            train.main([str(word) for word in [*command, "--device", "cpu"]])
+        error = capsys.readouterr().err
+        assert (words in error) == (attention == flags)
+        assert (tmp_path / "out").exists() == (attention != flags)

@@ -4,11 +4,11 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import nanoaki
 from conftest import LENGTH, SAFE, WHERE, alone, fill, make_batch, random_roles, tiny_model
-from nanoaki import ANSWER, IMAGE, MASKS, PAD, PROMPT, Cache, Token, make_mask, positions
+from nanoaki import (ANSWER, IMAGE, MASKS, PAD, PROMPT, Cache, Token, attend, make_block_mask,
+                     make_mask, positions)
 
 PRECISE = [(torch.float64, 1e-10), (torch.float32, 1e-4)]
 
@@ -73,20 +73,30 @@ def test_rule_of_two_single_positions_equals_the_mask(roles, kind, rows):
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("name", MASKS)
-def test_rule_is_a_mask_mod_of_flex_attention(roles, name):
+def test_block_mask_of_flex_attention_has_the_same_rules(roles, name):
     roles = roles[((roles == IMAGE).sum(1) >= 4) & (roles == PROMPT).any(1)][:4]
-    run, g = (roles >= PROMPT).cumsum(1), torch.Generator().manual_seed(0)
-
-    def mask_mod(b, h, q, k):
-        return seen_by_rule(name, q, k, roles[b], run[b])
-
-    q, k, v = 2 * torch.rand(3, 4, 2, LENGTH, 16, generator=g) - 1
-    found = flex_attention(q, k, v, block_mask=create_block_mask(mask_mod, 4, None, LENGTH, LENGTH,
-                                                                 device="cpu"))
+    q, k, v = 2 * torch.rand(3, 4, 2, LENGTH, 16, generator=torch.Generator().manual_seed(0)) - 1
+    found = attend(q, k, v, make_block_mask(name, roles), 0.0)
     for other in MASKS:
-        dense = F.scaled_dot_product_attention(q, k, v, make_mask(other, roles)[:, None])
+        dense = attend(q, k, v, make_mask(other, roles)[:, None], 0.0)
         difference = (found - dense).abs().max()
         assert difference < 5e-7 if other == name else difference > 1e-2
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("name", MASKS)
+def test_loss_by_flex_attention_is_the_dense_loss(name):
+    model, losses = tiny_model(), {}
+    roles = random_roles()
+    roles = roles[((roles == IMAGE).sum(1) >= 4) & (roles[:, 0] != ANSWER)]
+    images, tokens = fill(roles)
+    batch = make_batch(images, tokens, roles, torch.where(roles == ANSWER, tokens, -100))
+    with torch.no_grad():
+        losses = {other: model.loss(batch, other).item() for other in MASKS}
+        model.flex = True
+        found = model.loss(batch, name).item()
+    for other, loss in losses.items():
+        assert abs(found - loss) < 1e-5 if other == name else abs(found - loss) > 1e-4
 
 
 def test_random_layouts_hold_every_case(roles):
