@@ -94,9 +94,14 @@ class Records:
     digest: str             # of all bytes of the file
 
     @classmethod
-    def read(cls, folder, name: str, skip_bad: bool = False) -> "Records":
-        """Records of folder/name, all checked; raises ValueError on bad ones, or skips them."""
-        path, bad, checked, notes = Path(folder) / name, [], set(), Counter()
+    def read(cls, folder, name: str, skip_bad: bool = False,
+             checked: set[str] | None = None) -> "Records":
+        """Records of folder/name, all checked; raises ValueError on bad ones, or skips them.
+
+        checked are pictures that were found good before; those that this file shows are added.
+        """
+        path, bad, notes = Path(folder) / name, [], Counter()
+        checked = set() if checked is None else checked
         spans, rows, replies = array("q"), array("q"), array("i")
         last, group = [], -1
         try:
@@ -240,7 +245,8 @@ def read_splits(folder: Path, skip_bad: bool = False, captions: bool = True) -> 
     if not captions:
         del files["captions"]
     files["train"] = files["train"] or folder / "train.json"  # to be missed
-    records = {name: Records.read(folder, path.name, skip_bad)
+    checked = set()
+    records = {name: Records.read(folder, path.name, skip_bad, checked)
                for name, path in files.items() if path}
     if "val" not in records:
         records["train"], records["val"] = records["train"].split(0.05, 0)
@@ -260,7 +266,7 @@ def fit_tokens(records: dict[str, Records], config: Config,
     Where it may be longer, block_size is what the longest example needs, at least the config's.
     """
     texts = [text for name in ("train", "captions") if name in records
-             for text in records[name].texts(5_000_000)]
+             for text in records[name].texts(min(5_000_000, 2000 * config.vocab_size))]
     tokenizer = Tokenizer.train(texts, config.vocab_size)
     config = replace(config, vocab_size=len(tokenizer))
     needed = positions_needed(records.values(), tokenizer, config) if longer else 0

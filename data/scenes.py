@@ -11,6 +11,7 @@ import os
 import random
 import signal
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Callable, NamedTuple
@@ -136,8 +137,10 @@ def write(folder: Path, title: str, scenes: int, held_out: int, random_scene: Ca
     folder.parent.mkdir(parents=True, exist_ok=True)
     taken, captions = set(), []  # no scene is in two splits
     with (TemporaryDirectory(prefix=f"{folder.name}.part", dir=folder.parent) as beside,
+          ThreadPoolExecutor(1) as thread,
           tqdm(total=scenes + 2 * held_out, desc=f"making {folder}", unit="scene",
                leave=False) as bar):
+        saving = None  # a picture, while the next is drawn
         part = Path(beside) / folder.name
         for split, n in [("test", held_out), ("val", held_out), ("train", scenes)]:
             (part / "images" / split).mkdir(parents=True)
@@ -149,7 +152,10 @@ def write(folder: Path, title: str, scenes: int, held_out: int, random_scene: Ca
                     scene = random_scene(rng, split)
                 taken.add(tuple(scene.items()))
                 image = f"images/{split}/{i:05}.png"
-                draw(scene, rng, split).save(part / image, compress_level=1)
+                picture = draw(scene, rng, split)
+                if saving:
+                    saving.result()
+                saving = thread.submit(picture.save, part / image, compress_level=1)
                 for j, (task, question, answer) in enumerate(ask(scene, rng)):
                     records.append({"id": f"{split}-{i:05}-{j}", "image": image, "task": task,
                                     "conversations": talk(question, answer)})
@@ -160,6 +166,8 @@ def write(folder: Path, title: str, scenes: int, held_out: int, random_scene: Ca
                 bar.update()
             (part / f"{split}.json").write_text(json.dumps(records))
         (part / "captions.json").write_text(json.dumps(captions))
+        if saving:
+            saving.result()
         part.rename(folder)
 
 

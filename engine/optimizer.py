@@ -22,12 +22,14 @@ class Muon(torch.optim.Optimizer):
     """Nesterov momentum, orthogonalised (kellerjordan.github.io/posts/muon): for 2-D matrices.
 
     The rule of torch.optim.Muon, which takes matrices one by one and in bfloat16 everywhere, slow
-    on a CPU; here those of one shape are stacked, and computed in dtype.
+    on a CPU; here those of one shape are stacked, and computed in dtype. A group's parts says of
+    how many matrices, one above the other, each of its own consists.
     """
 
     def __init__(self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.0,
                  dtype: torch.dtype = torch.float32):
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay,
+                                  "parts": 1})
         self.dtype = dtype
 
     @torch.no_grad()
@@ -38,6 +40,7 @@ class Muon(torch.optim.Optimizer):
                 if p.grad is not None:
                     stacks[p.shape].append(p)
             for (rows, columns), ps in stacks.items():
+                rows //= group["parts"]
                 grads = [p.grad for p in ps]
                 for p in ps:
                     if not self.state[p]:
@@ -45,22 +48,25 @@ class Muon(torch.optim.Optimizer):
                 momenta = [self.state[p]["momentum"] for p in ps]
                 torch._foreach_lerp_(momenta, grads, 1 - momentum)
                 nesterov = torch.stack(torch._foreach_lerp(grads, momenta, momentum))
-                updates = orthogonalize(nesterov, self.dtype).unbind()
+                updates = orthogonalize(nesterov.view(-1, rows, columns), self.dtype)
                 torch._foreach_mul_(ps, 1 - lr * group["weight_decay"])
-                torch._foreach_add_(ps, updates, alpha=-lr * max(1, rows / columns) ** 0.5)
+                torch._foreach_add_(ps, updates.view_as(nesterov).unbind(),
+                                    alpha=-lr * max(1, rows / columns) ** 0.5)
 
 
 def make_optimizers(model, lr: float, adamw_lr: float, weight_decay: float,
                     bfloat16: bool = False) -> list[torch.optim.Optimizer]:
     """Muon and AdamW for what is trained of a model; Muon in bfloat16 where asked, on no CPU."""
-    matrices, rest = [], []
-    for name, p in model.named_parameters():
-        inside = p.dim() == 2 and ("blocks" in name or "projector" in name)
-        if p.requires_grad:
-            (matrices if inside else rest).append(p)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    inside = [name for name, p in trained.items()
+              if p.dim() == 2 and ("blocks" in name or "projector" in name)]
+    # Of the three in one, values have the largest gradients: queries and keys would hardly move.
+    groups = [{"params": [trained[name] for name in inside if "qkv" not in name]},
+              {"params": [trained[name] for name in inside if "qkv" in name], "parts": 3}]
+    rest = [p for name, p in trained.items() if name not in inside]
     device = rest[0].device.type
     dtype = torch.bfloat16 if bfloat16 and device != "cpu" else torch.float32
-    return [Muon(matrices, lr, weight_decay=weight_decay, dtype=dtype),
+    return [Muon(groups, lr, weight_decay=weight_decay, dtype=dtype),
             torch.optim.AdamW(rest, adamw_lr, betas=(0.9, 0.95), weight_decay=0.0,
                               fused=device in ("cpu", "cuda"))]
 

@@ -81,9 +81,10 @@ def step_flops(model: NanoAKI, muon: Muon, batch: int, pictures: int, T: int, st
     patch = 2 * patches * sizes["vit.patch.weight"]  # pixels need no gradient: backward once
     seen = 3 * (vit + layers("projector", c.visual_tokens, 0, 0)) + 2 * patch
     newton_schulz = 0
-    for p in muon.param_groups[0]["params"]:
-        short, long = sorted(p.shape)
-        newton_schulz += 5 * (4 * short * short * long + 2 * short ** 3)
+    for group in muon.param_groups:
+        for p in group["params"]:
+            short, long = sorted((p.shape[0] // group["parts"], p.shape[1]))
+            newton_schulz += group["parts"] * 5 * (4 * short * short * long + 2 * short ** 3)
     whole, last = (layers("decoder.blocks", tokens, c.n_embd, c.n_layer) / c.n_layer
                    for tokens in (T, T - start))
     last += 6 * start * c.n_embd ** 2 + 4 * (T - start) * start * c.n_embd  # their keys and values

@@ -487,6 +487,27 @@ def test_muon_is_torchs_within_bfloat16_and_not_without_momentum():
     assert (wrong - theirs).norm() > 0.1 * theirs.norm()
 
 
+def test_muon_takes_queries_keys_and_values_as_three_matrices():
+    def run(parts, *shape):
+        p = torch.nn.Parameter(torch.zeros(shape))
+        optimizer = Muon([{"params": [p], "parts": parts}], lr=1.0)
+        p.grad = torch.randn(48, 16, generator=torch.Generator().manual_seed(0)).view(shape)
+        p.grad.view(3, 16, 16)[2] *= 100  # values' gradients are larger
+        optimizer.step()
+        return p.detach().view(3, 16, 16)
+
+    def alone(i):
+        p = torch.nn.Parameter(torch.zeros(16, 16))
+        p.grad = torch.randn(48, 16, generator=torch.Generator().manual_seed(0)).view(3, 16, 16)[i]
+        Muon([p], lr=1.0).step()
+        return p.detach()
+
+    three, one = run(3, 48, 16), run(1, 48, 16)
+    for i in range(3):
+        assert (three[i] - alone(i)).abs().max() < 1e-3
+    assert one[0].norm() < 0.3 * three[0].norm() and one[2].norm() > 0.9 * three[2].norm()
+
+
 def test_every_parameter_has_one_optimizer_and_muon_gets_only_matrices_of_blocks_and_projector(
         asked):
     model, _ = asked
