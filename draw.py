@@ -6,81 +6,61 @@ See attention masks, and what a trained model does with them.
     python draw.py --ask "what color is it?" "where?" --out batch.png          # a padded batch
     python draw.py --model out/shapes/model.pt --image scene.png \\
                    --ask "what is left of the red circle?" --out attention.png
+    python draw.py --model out/shapes/model.pt --image scene.png \\
+                   --ask "what is left of the red circle?" --out page.html     # to explore
 
-The first three need no model: a token is a word. With two --ask, the last one also shows how far
-each visual token's state moves from one question to the other.
+The first three need no model: a token is a word. --out page.html works for each of them. With two
+--ask, a model's also show how far each visual token's state moves from one question to the other.
 """
 import os
-import re
 import shutil
 import sys
 import unicodedata
-from collections import namedtuple
 from itertools import cycle
+from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
+from engine.attention import WORD, attention_maps, movement, token_labels
+from engine.cells import PADDING, SEGMENTS, STATES, mask_states, runs
 from engine.flags import Parser, fail, run_script
+from engine.folder import write_whole
 from engine.fonts import LINE, text
+from engine.page import make_page
 from engine.pictures import GAP, frame, join, legend, padded
-from nanoaki import (ANSWER, IMAGE, MASKS, PAD, PROMPT, NanoAKI, Tokenizer, build_sequence,
-                     fit_picture, make_mask, place_pictures)
-
-# What a cell of a mask can be: colours differ in lightness too (in L*: 98, 82, 70, 54, 24).
-BLOCKED, PADDING, SEEN, UNLOCKED, DIAGONAL = range(5)
-State = namedtuple("State", "name color sign block ansi")  # in ASCII, or a block and its colour
-STATES = {
-    BLOCKED: State("blocked", (249, 249, 249), ".", "· ", "90"),
-    PADDING: State("padding", (203, 203, 203), "-", "░░", "90"),
-    SEEN: State("seen causally", (86, 180, 233), "x", "▒▒", "36"),
-    UNLOCKED: State("unlocked by the mask", (213, 94, 0), "o", "██", "33"),
-    DIAGONAL: State("itself", (0, 56, 104), "*", "▓▓", "34")}
-SEGMENTS = {PAD: ("padding", (203, 203, 203)), IMAGE: ("image", (0, 158, 115)),
-            PROMPT: ("prompt", (204, 121, 167)), ANSWER: ("answer", (230, 200, 30))}
+from engine.views import View, short
+from nanoaki import (ANSWER, IMAGE, MASKS, PAD, PROMPT, NanoAKI, build_sequence, fit_picture,
+                     place_pictures)
 
 # Layout, in pixels; in a terminal, in columns.
 SIDE, CELL = 560, (2, 22)   # a mask's side where the cells' least and largest side allow it
 BAND = 6                    # thickness of the segments' colours
-LABEL, THUMB = 100, 120     # longest label, side of a picture under a heat map
-HOT = (255, 214, 40)        # the largest weight; at 0 the picture is dark and of little contrast
-MOST = 12                   # heat maps in a row
+LABEL, THUMB = 100, 132     # longest label, side of a picture under a light
+SHADE = np.array((8, 10, 14)), 0.6      # over what has no weight: a colour, how much it covers
+GLOW = np.array((255, 220, 120)), 0.25  # over what has most
+MOST = 6                    # pictures in a row
 EDGE = 18                   # columns before a mask's rows
 
-# Chinese and Japanese have no spaces: a character, with the marks that follow it, is a word.
-CJK = r"\u3001-\u312f\u31a0-\u9fff\uf900-\ufaff\uff00-\uff9f\U00020000-\U0003ffff"
-WORD = re.compile(rf"\s*(?:[{CJK}][\u3099\u309a\ufe00-\ufe0f]*|[^\s{CJK}]+)")
+TEXT_BEFORE = "text stands before a picture here: that alone moves its tokens"
 
 
-def mask_states(name: str, roles: Tensor) -> tuple[Tensor, str]:
-    """Which state each cell of a mask has, int64 (T, T), for roles (T,); and the mask's title."""
-    mask = make_mask(name, roles[None])[0]
-    past = torch.ones_like(mask).tril()
-    states = torch.where(mask, torch.where(past, SEEN, UNLOCKED), BLOCKED).fill_diagonal_(DIAGONAL)
-    states = states.masked_fill((roles == PAD)[:, None] | (roles == PAD), PADDING)
-    return states, f"{name}: {int((states == UNLOCKED).sum()):,} pairs unlocked"
-
-
-def runs(roles: list[int]) -> list[tuple[int, int]]:
-    """(start, stop) of each stretch of equal roles."""
-    cuts = [0] + [i for i in range(1, len(roles)) if roles[i] != roles[i - 1]] + [len(roles)]
-    return list(zip(cuts, cuts[1:]))
-
-
-def word_batch(questions: list[str], answers: list[str | None], visual_tokens: int):
+def word_batch(questions: list[str], answers: list[str | None], visual_tokens: int,
+               history=(), system: str = ""):
     """roles (B, T) and labels of questions, a WORD a token; pictures stand at <image>, or first."""
     # A word is its own id. None ends with a space, so none is taken for a visual token.
     words = SimpleNamespace(image="image ", answer="<answer>", eos="<eos>", encode=WORD.findall)
     config = SimpleNamespace(visual_tokens=visual_tokens, block_size=1 << 30)
-    rows = []
+    before, rows = [("system", system)] if system else [], []
+    for given in history:
+        before += zip(("human", "gpt"), given)
     for question, answer in zip(questions, cycle(answers)):  # one for each, or one for all
-        turns = place_pictures([("human", question)], max(1, question.count("<image>")))
+        turns = [*before, ("human", question)]
+        written = sum(text.count("<image>") for speaker, text in turns if speaker == "human")
+        turns = place_pictures(turns, max(1, written))
         rows.append(build_sequence(words, config, turns, answer))
     T = max(len(roles) for _, roles in rows)
     labels = [[word.strip() for word in row] + ["padding"] * (T - len(row)) for row, _ in rows]
@@ -217,183 +197,168 @@ def can_color() -> bool:
     return sys.stdout.isatty() and sys.stdout.encoding.lower().startswith("utf") and not plain
 
 
-class Recorder(TorchFunctionMode):
-    """Within, masked attention is computed openly, and its weights are kept, call by call.
-
-    torch hands every call of a function of its own to this mode, so that the model need not know.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.weights = []  # of each call (B, heads, queries, keys), float32
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is not F.scaled_dot_product_attention or args[3] is None:  # the ViT has no mask
-            return function(*args, **(kwargs or {}))
-        q, k, v, mask = args
-        scores = (q @ k.mT / q.shape[-1] ** 0.5).masked_fill(~mask, float("-inf"))
-        self.weights.append(scores.float().softmax(-1))
-        return self.weights[-1].to(v.dtype) @ v
+def lit(square: np.ndarray, share: np.ndarray) -> Image.Image:
+    """A picture (H, W, 3) under a light: shares (H, W, 1) of the largest weight, from 0 to 1."""
+    dim, bright = (square * (1 - cover) + color * cover for color, cover in (SHADE, GLOW))
+    return Image.fromarray((dim * (1 - share) + bright * share).astype(np.uint8))
 
 
-class Attention(NamedTuple):
-    answer: str
-    words: list[str]  # of the question, <answer> last
-    tokens: list[str]  # of the answer, joined to characters; <eos> where the model has ended
-    looks: Tensor     # (layers, heads, tokens, visual tokens): what each was predicted from; mean
-    reads: Tensor     # (layers, heads, words, visual tokens): how much each visual token reads it
-    weights: Tensor   # (layers, heads, T, T), all of them: rows are queries, columns keys
-    roles: Tensor     # (T,)
-
-
-def split_tokens(tokenizer: Tokenizer, ids: list[int], pattern, start: int = 0):
-    """(positions, text) of tokens: parts, each from where a find of the pattern begins a token."""
-    pieces = [tokenizer.bytes[i] if i < len(tokenizer) else b"" for i in ids]
-    whole = b"".join(pieces).decode("utf-8", "surrogateescape")
-    begins = {len(whole[:found.start()].encode("utf-8", "surrogateescape"))
-              for found in re.finditer(pattern, whole)}
-    parts, at = [], 0
-    for i, piece in enumerate(pieces, start):
-        if at in begins or not parts:
-            parts.append(([], b""))
-        parts[-1] = parts[-1][0] + [i], parts[-1][1] + piece
-        at += len(piece)
-    return [(some, part.decode("utf-8", "backslashreplace").strip()) for some, part in parts]
-
-
-def prompt_words(tokenizer: Tokenizer, ids: list[int], roles: list[int]):
-    """(positions, text) of each WORD of a prompt; a picture parts words, and <answer> is one."""
-    words = [word for start, stop in runs(roles[:-1]) if roles[start] == PROMPT
-             for word in split_tokens(tokenizer, ids[start:stop], WORD, start)]
-    return words + [([len(ids) - 1], "<answer>")]
-
-
-def attention_maps(model: NanoAKI, pictures: list, question: str,
-                   mask: str | None = None, max_new_tokens: int | None = None) -> Attention:
-    """The attention weights of a forward over a question about pictures and its greedy answer.
-
-    Generation has the same, but computes of the last block only what it needs. The last generated
-    token is never attended from. Raises ValueError as NanoAKI.ask does.
-    """
-    limit = model.config.block_size if max_new_tokens is None else max_new_tokens
-    if limit < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, not {limit}")
-    training, (images, tokens, roles) = model.training, model.prompt([pictures], [question])
-    (ids,), start = model.generate(images, tokens, roles, limit, mask=mask), tokens.shape[1]
-    ended = len(ids) < min(limit, model.config.block_size - start)
-    read = torch.tensor([ids if ended else ids[:-1]], dtype=torch.int64, device=tokens.device)
-    roles = F.pad(roles, (0, read.shape[1]), value=ANSWER)  # the answer begins at start
-    model.eval()
-    with Recorder() as recorder, torch.no_grad():
-        model.hidden(images, torch.cat([tokens, read], 1), roles, mask)
-    model.train(training)
-    weights, roles = torch.cat(recorder.weights).cpu(), roles[0].cpu()
-    visual = roles == IMAGE
-    words = prompt_words(model.tokenizer, tokens[0].tolist(), roles.tolist()[:start])
-    reads = torch.stack([weights[..., visual, :][..., some].sum(-1) for some, _ in words], 2)
-    pieces = split_tokens(model.tokenizer, ids, r"(?s).|\Z")  # by characters; the end has no text
-    if ended:
-        pieces.append(([len(ids)], "<eos>"))
-    looks = weights[:, :, start - 1:][..., visual]          # the row before a token predicts it
-    looks = torch.stack([looks[:, :, some].mean(2) for some, _ in pieces], 2)
-    return Attention(model.tokenizer.decode(ids), [word for _, word in words],
-                     [piece for _, piece in pieces], looks, reads, weights, roles)
-
-
-@torch.no_grad()
-def movement(model: NanoAKI, pictures: list, questions: list[str],
-             mask: str | None = None) -> Tensor:
-    """How far each visual token's last state moves from one of two questions to the other.
-
-    float32 (visual tokens of all pictures,): the distance of the two states in a padded batch, as a
-    share of their mean length. Raises ValueError as NanoAKI.ask does.
-    """
-    training, (images, tokens, roles) = model.training, model.prompt([pictures] * 2, questions)
-    x = model.eval().hidden(images, tokens, roles, mask).float()
-    model.train(training)
-    a, b = x[0, roles[0] == IMAGE], x[1, roles[1] == IMAGE]
-    return ((a - b).norm(dim=-1) / ((a.norm(dim=-1) + b.norm(dim=-1)) / 2)).cpu()
-
-
-def heat(dark, share: np.ndarray) -> Image.Image:
-    """Between dark, a grey, and HOT: shares (H, W, 1) of the largest weight, from 0 to 1."""
-    return Image.fromarray((dark * (1 - share) + share * np.array(HOT)).astype(np.uint8))
-
-
-def map_rows(title: str, square: Image.Image, names: list[str], rows: dict[str, Tensor]):
-    """Rows of heat maps over a picture, one column per name, each row with a scale of its own."""
-    if len(names) > MOST:
-        title += f" (the first {MOST} of {len(names)})"
-    columns = [padded(text(name, limit=THUMB), (THUMB, LINE)) for name in names[:MOST]]
+def map_rows(title: str, square: Image.Image, names: list[str], rows: dict[str, Tensor],
+             alone: bool = False):
+    """Rows of lit pictures, a column a name; each row has its scale, or each picture alone has."""
+    columns = [padded(text(name, limit=THUMB), (THUMB, LINE)) for name in names]
     lines = [text(title), join([padded(text(""), (LABEL, LINE)), *columns], gap=4)]
-    dark = np.asarray(square.convert("L").resize((THUMB, THUMB)), np.float32)[..., None] * 0.2 + 25
-    ramp = heat(50, np.linspace(0, 1, LABEL - GAP)[None, :, None].repeat(LINE // 2, 0))
+    thumb = np.asarray(square.resize((THUMB, THUMB), Image.Resampling.BICUBIC), np.float32)
+    shares = np.linspace(0, 1, LABEL - GAP)[None, :, None].repeat(LINE // 2, 0)
+    ramp = lit(np.full((*shares.shape[:2], 3), 128.0), shares)
     for name, values in rows.items():  # (names, visual tokens)
-        top, side = float(values.max()), int(values.shape[-1] ** 0.5)
-        scale = join([text(name), ramp, text(f"0 to {top:.3g}", "gray")], down=True, gap=3)
-        line = [padded(scale, (LABEL, THUMB), (0, THUMB // 2 - scale.height // 2))]
-        for shares in (values[:MOST] / (top or 1)).reshape(-1, side, side).numpy():
-            share = Image.fromarray(shares).resize((THUMB, THUMB), Image.Resampling.NEAREST)
-            line.append(heat(dark, np.asarray(share)[..., None]))
+        tops, side = values.amax(-1), int(values.shape[-1] ** 0.5)
+        scale = "each to its largest" if alone else f"0 to {float(tops.max()):.2g}"
+        label = join([text(name), ramp, text(scale, "gray")], down=True, gap=3)
+        line = [padded(label, (LABEL, THUMB), (0, THUMB // 2 - label.height // 2))]
+        for weights, top in zip(values, tops):
+            share = (weights / (top if alone else tops.max()).clamp(min=1e-30)).view(side, side)
+            share = Image.fromarray(share.numpy()).resize((THUMB, THUMB), Image.Resampling.NEAREST)
+            line.append(join([lit(thumb, np.asarray(share)[..., None]),
+                              text(f"to {top:.2g}", "gray")], down=True, gap=1))
         lines.append(join(line, gap=4))
     return join(lines, down=True, gap=4)
 
 
-def draw_attention(model: NanoAKI, pictures: list, questions: list[str],
-                   mask: str | None = None, layer: int | None = None, head: int | None = None):
-    """Heat maps over the pictures of one question, or of two and what moves between them.
+def fit_squares(pictures: list, config) -> list[Image.Image]:
+    """Pictures as a model sees them."""
+    return [Image.fromarray(fit_picture(picture, config.image_size).permute(1, 2, 0).numpy())
+            for picture in pictures]
 
-    layer and head count from 1; None is all layers and their mean, and the mean of all heads.
-    Raises ValueError where the model has no such layer or head, and as NanoAKI.ask does.
+
+def has_text_before(roles: Tensor) -> bool:
+    kinds = roles.tolist()
+    return (PROMPT, IMAGE) in zip(kinds, kinds[1:])
+
+
+def check_parts(config, layers: list[int] | None, head: int | None) -> None:
+    """Raise ValueError where a model of that config has no such layer or head."""
+    asked = [("layer", layer, config.n_layer) for layer in layers or []]
+    if head is not None:
+        asked.append(("head", head, config.n_head))
+    for name, value, most in asked:
+        if not 1 <= value <= most:
+            raise ValueError(f"{name} must be 1 to {most}, as the model has, not {value}")
+
+
+def most_read(title: str, names: list[str], weights: Tensor):
+    """title, names and weights (layers, heads, names, visual tokens) of the MOST largest names."""
+    if len(names) <= MOST:
+        return title, names, weights
+    some = weights.mean((0, 1, 3)).topk(MOST).indices.sort().values
+    return (f"{title} (the {MOST} of {len(names)} with the most)", [names[i] for i in some],
+            weights[:, :, some])
+
+
+def draw_attention(model: NanoAKI, pictures: list, questions: list[str], mask: str | None = None,
+                   layers: list[int] | None = None, head: int | None = None,
+                   history=(), system: str = "") -> Image.Image:
+    """Light on the pictures of one question, or of two and what moves between them.
+
+    layers and head count from 1; None is the mean of all. Raises ValueError where the model has no
+    such layer or head, and as NanoAKI.ask does.
     """
     c, V = model.config, model.config.visual_tokens
-    for name, value, most in (("layer", layer, c.n_layer), ("head", head, c.n_head)):
-        if value is not None and not 1 <= value <= most:
-            raise ValueError(f"{name} must be 1 to {most}, as the model has, not {value}")
+    check_parts(c, layers, head)
 
     def rows(weights: Tensor) -> dict[str, Tensor]:  # (layers, heads, names, visual tokens)
         w = weights.mean(1) if head is None else weights[:, head - 1]
-        every = {"mean of layers": w.mean(0)} | {f"layer {i + 1}": w[i] for i in range(len(w))}
-        return every if layer is None else {f"layer {layer}": w[layer - 1]}
+        if layers is None:
+            return {"mean of layers": w.mean(0)}
+        return {f"layer {layer}": w[layer - 1] for layer in layers}
 
-    squares = [Image.fromarray(fit_picture(p, c.image_size).permute(1, 2, 0).numpy())
-               for p in pictures]
-    sheet, text_before = [], False
+    squares, sheet, text_before = fit_squares(pictures, c), [], False
     for question in questions:
-        maps = attention_maps(model, pictures, question, mask)
-        kinds = maps.roles.tolist()
-        text_before = text_before or (PROMPT, IMAGE) in zip(kinds, kinds[1:])
+        maps = attention_maps(model, pictures, question, mask, None, history, system)
+        text_before = text_before or has_text_before(maps.roles)
         for square, looks, reads in zip(squares, maps.looks.split(V, -1), maps.reads.split(V, -1)):
-            thumb = square.resize((THUMB, THUMB), Image.Resampling.NEAREST)
-            sheet += [join([thumb, join([text(question), text(maps.answer)], down=True)], gap=GAP),
-                      map_rows("where each token of the answer looks", square, maps.tokens,
-                               rows(looks)),
-                      map_rows("which visual tokens read each word of the question", square,
-                               maps.words, rows(reads))]
+            thumb = square.resize((THUMB, THUMB), Image.Resampling.BICUBIC)
+            sheet.append(join([thumb, join([text(question), text(maps.answer)], down=True)],
+                              gap=GAP))
+            for title, names, weights, alone in (
+                    ("where each token of the answer looks", maps.tokens, looks, True),
+                    ("which visual tokens read each word of the question", maps.words, reads,
+                     False)):
+                if not weights.any():
+                    sheet.append(text("no visual token reads a word of the question"))
+                    continue
+                title, names, weights = most_read(title, names, weights)
+                sheet.append(map_rows(title, square, names, rows(weights), alone))
     if len(questions) == 2:
-        moved = movement(model, pictures, questions, mask)[None].split(V, -1)
+        moved = movement(model, pictures, questions, mask, history, system)[-1:].split(V, -1)
         sheet += [map_rows("how far visual tokens move from one question to the other, in lengths "
-                           "of their state", square, [""], {"last state": part})
+                           "of their state", square, [""], {"last layer": part})
                   for square, part in zip(squares, moved)]
         if text_before:
-            sheet.append(text("text stands before a picture here: that alone moves its tokens"))
+            sheet.append(text(TEXT_BEFORE))
     heads = "mean of all heads" if head is None else f"head {head}"
     sheet.append(text(f"attention weights under mask {mask or c.mask}, {heads}: what is read, not "
                       f"an explanation of the answer", "gray"))
     return frame(join(sheet, down=True, gap=GAP))
 
 
-def check(args, masks: list[str]) -> None:
+def page_of_model(args, masks: list[str], model: NanoAKI, *talk) -> str:
+    """The page of what a model does with one question or two under each mask."""
+    c, tokenizer, views, text_before = model.config, model.tokenizer, [], False
+    check_parts(c, args.layer, args.head)
+    for question in args.ask:
+        views.append([])
+        for mask in masks:
+            maps = attention_maps(model, args.image, question, mask, None, *talk)
+            chances, ids = maps.logits.softmax(-1).topk(min(5, c.vocab_size))
+            likeliest = [[(token_labels(tokenizer, [i])[0], short(p)) for i, p in zip(*row)]
+                         for row in zip(ids.tolist(), chances.tolist())]
+            labels = token_labels(tokenizer, maps.ids[:len(maps.roles)])
+            views[-1].append(View(mask, maps.roles, labels, maps.weights, likeliest))
+            text_before = text_before or has_text_before(maps.roles)
+    moved, notes = [], ["Attention weights are what is read, not an explanation of the answer."]
+    if len(args.ask) == 2:
+        moved = [movement(model, args.image, args.ask, mask, *talk) for mask in masks]
+        if text_before:
+            notes.append(f"{TEXT_BEFORE.capitalize()}.")
+    if masks != [c.mask]:
+        notes.append(f"The model was trained under {c.mask}; what it does under another mask it "
+                     "has not learned.")
+    return make_page(args.out, views, args.ask, c.visual_tokens, c.mask,
+                     f"{args.model}: {c.n_layer} layers, {c.n_head} heads, trained under {c.mask}",
+                     fit_squares(args.image, c), moved, notes, args.layer, args.head)
+
+
+def page_of_masks(args, masks: list[str], roles: Tensor, labels: list[list[str]]) -> str:
+    """The page of masks without a model, a WORD a token; the rows of a batch in turn."""
+    views = [[View(mask, row, [f" {word}" for word in words]) for mask in masks]
+             for row, words in zip(roles, labels)]
+    return make_page(args.out, views, args.ask, args.visual_tokens or 16, "mma",
+                     "Attention masks: a word is a token.")
+
+
+def pairs(texts: list[str] | None) -> list[tuple[str, str]]:
+    """Questions and answers in turn, as pairs."""
+    texts = texts or []
+    return list(zip(texts[::2], texts[1::2]))
+
+
+def check(args) -> None:
     """Raise ValueError where flags do not fit."""
     answers, questions, visual = len(args.answer or [None]), len(args.ask), args.visual_tokens
+    masks = [] if args.masks is None else args.masks.split(",")
     for name in masks:
         if name not in MASKS:
             raise ValueError(f"--masks: {name!r} is none of {', '.join(MASKS)}")
+    if len(args.history or []) % 2:
+        raise ValueError(f"--history: {len(args.history)} texts, not pairs of question and answer")
     if args.model is not None:
-        useless = args.answer or visual is not None or args.masks and len(masks) > 1
-        if not args.image or useless or questions > 2 or args.out == "-":
+        useless = args.answer or visual is not None
+        several = len(masks) > 1 and not is_page(args.out)
+        if not args.image or useless or several or questions > 2 or args.out == "-":
             raise ValueError("--model needs --image, one or two questions to --ask, at most one of "
-                             "--masks, a file as --out; no --answer, --visual-tokens")
+                             "--masks (but for a page, .html), a file as --out; no --answer, "
+                             "--visual-tokens")
         return
     for name in ("image", "layer", "head"):
         if getattr(args, name) is not None:
@@ -404,39 +369,69 @@ def check(args, masks: list[str]) -> None:
         raise ValueError(f"{answers} answers for {questions} questions: give one, or one for each")
 
 
+def is_page(path: str) -> bool:
+    return Path(path).suffix.lower() in (".html", ".htm")
+
+
 def make_parser() -> Parser:
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--ask", nargs="+", required=True, metavar="QUESTION",
         help="questions; <image> stands for a picture, without it one comes first")
     add("--answer", nargs="+", metavar="TEXT", help="an answer after each question (default: none)")
+    add("--system", metavar="TEXT", help="text that stands before all questions")
+    add("--history", nargs="+", metavar="TEXT",
+        help="what was said before, questions and answers in turn: Q A [Q A ...]")
     add("--visual-tokens", type=int, help="of a picture (default 16)")
     add("--masks", metavar="NAMES", help=f"of {', '.join(MASKS)}, with commas (default: all but "
-        "leaky); with --model one (default: its own)")
-    add("--out", required=True, metavar="FILE", help="picture; - is the terminal")
+        "leaky; with --model its own, and on a page causal or mma beside it)")
+    add("--out", required=True, metavar="FILE", help="picture, or page (.html); - is the terminal")
     add("--model", metavar="FILE", help="checkpoint whose attention to draw")
     add("--image", nargs="+", metavar="FILE", help="the pictures that it is asked")
-    add("--layer", type=int, help="from 1 (default: all, and their mean)")
-    add("--head", type=int, help="from 1 (default: the mean)")
+    add("--layer", type=int, nargs="+", help="from 1 (default: their mean; on a page all, too)")
+    add("--head", type=int, help="from 1 (default: their mean; on a page all, too)")
     return parser
+
+
+def choose_masks(args, model: NanoAKI | None) -> list[str]:
+    """The names in --masks, or which are shown without it."""
+    if args.masks is not None:
+        return args.masks.split(",")
+    if model is None:
+        return ["causal", "mma", "prefix", "image"]
+    own = model.config.mask
+    if is_page(args.out):
+        return ["causal", "mma" if own == "causal" else own]
+    return [own]
 
 
 def main(argv: list[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
-    masks = ("causal,mma,prefix,image" if args.masks is None else args.masks).split(",")
     try:
-        check(args, masks)
-        if args.model is not None:
-            sheet = draw_attention(NanoAKI.load(args.model), args.image, args.ask, args.masks,
-                                   args.layer, args.head)
-        else:
-            roles, labels = word_batch(args.ask, args.answer or [None], args.visual_tokens or 16)
-            if args.out == "-":
-                width = shutil.get_terminal_size((100, 24)).columns
-                print("\n\n".join(mask_text(row, names, masks, width, can_color())
-                                  for row, names in zip(roles, labels)))
-                return
+        check(args)
+        model = NanoAKI.load(args.model) if args.model is not None else None
+        masks, talk = choose_masks(args, model), (pairs(args.history), args.system or "")
+        if model is None:
+            roles, labels = word_batch(args.ask, args.answer or [None], args.visual_tokens or 16,
+                                       *talk)
+        if is_page(args.out):
+            if model is None:
+                page = page_of_masks(args, masks, roles, labels)
+            else:
+                page = page_of_model(args, masks, model, *talk)
+            write_whole(args.out, page)
+            print(f"{args.out}: {len(page) / 1e6:.2f} MB")
+            return
+        if args.out == "-":
+            width = shutil.get_terminal_size((100, 24)).columns
+            print("\n\n".join(mask_text(row, names, masks, width, can_color())
+                              for row, names in zip(roles, labels)))
+            return
+        if model is None:
             sheet = draw_mask(roles, labels, masks)
+        else:
+            sheet = draw_attention(model, args.image, args.ask, masks[0], args.layer, args.head,
+                                   *talk)
         sheet.save(args.out)
         print(f"{args.out}: {sheet.width} x {sheet.height} pixels")
     except ValueError as e:

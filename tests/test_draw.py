@@ -9,8 +9,9 @@ from PIL import Image
 import draw
 import nanoaki
 from conftest import random_roles, tiny_model
-from draw import (BLOCKED, DIAGONAL, PADDING, SEEN, UNLOCKED, Recorder, attention_maps, draw_attention,
-                  draw_mask, mask_grid, mask_states, mask_text, movement, place_labels, word_batch)
+from draw import draw_attention, draw_mask, lit, mask_grid, mask_text, most_read, place_labels, word_batch
+from engine.attention import Recorder, attention_maps, movement
+from engine.cells import BLOCKED, DIAGONAL, PADDING, SEEN, UNLOCKED, mask_states
 from engine.pictures import GAP, RIGHT, SAMPLE, WRONG, draw_samples
 from helpers import refused
 from nanoaki import ANSWER, IMAGE, MASKS, PAD, PROMPT, Tokenizer, make_mask, mma
@@ -231,6 +232,40 @@ def test_only_under_mma_do_visual_tokens_read_the_question_and_move_with_it(mode
     assert (attention_maps(model, [picture], two[0], "mma").reads > 0).all()
     assert (movement(model, [picture], two, "causal") == 0).all()
     assert (movement(model, [picture], two, "mma") > 0).all()
+
+
+def test_weight_shows_as_light_on_a_picture_that_keeps_its_colours():
+    square = np.random.default_rng(0).integers(0, 256, (20, 20, 3)).astype(np.float32)
+    shown = [np.asarray(lit(square, np.full((20, 20, 1), share)), np.float32) for share in (0, 0.5, 1)]
+    for dark, light in zip(shown, shown[1:]):
+        assert (light.mean(-1) > dark.mean(-1)).all()
+    for image in shown:
+        assert np.corrcoef(image.ravel(), square.ravel())[0, 1] > 0.95
+        assert abs(np.corrcoef(image.ravel(), square[::-1].ravel())[0, 1]) < 0.3  # the control
+
+
+def test_the_words_that_are_read_most_are_shown_in_their_order():
+    weights, names = torch.full((2, 1, 9, 4), 0.1), [*"abcdefghi"]
+    for n in (1, 3, 4, 5, 7, 8):
+        weights[:, :, n] = 0.2
+    title, shown, some = most_read("words", names, weights)
+    assert shown == [*"bdefhi"] and (some == 0.2).all() and "6 of 9" in title
+    assert most_read("words", names[:6], weights[:, :, :6])[:2] == ("words", names[:6])
+
+
+def test_a_still_has_one_row_or_the_layers_that_are_asked(model, picture, monkeypatch):
+    lines, text = [], draw.text
+    monkeypatch.setattr(draw, "text", lambda string, *args, **how: lines.append(string) or text(string, *args, **how))
+    one = draw_attention(model, [picture], ["what?"])
+    assert lines.count("mean of layers") == 2 and "layer 1" not in lines
+    assert one.height < 620  # it fits a screen
+    lines.clear()
+    two = draw_attention(model, [picture], ["what?"], layers=[2, 1])
+    assert [line for line in lines if line.startswith("layer")] == ["layer 2", "layer 1"] * 2
+    assert "mean of layers" not in lines and two.height > one.height
+    lines.clear()
+    draw_attention(model, [picture], ["what?"], "causal")
+    assert "no visual token reads a word of the question" in lines
 
 
 @pytest.mark.parametrize("order, question, said", [

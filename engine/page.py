@@ -1,0 +1,97 @@
+"""The page that draw.py writes: everything is computed here, and put into assets/page.html."""
+import base64
+import io
+import json
+import math
+from pathlib import Path
+
+from PIL import Image
+from torch import Tensor
+
+from engine.cells import RULES, STATE_OF, UNLOCKED, mask_reasons
+from engine.views import View, pack_legend, pack_movement, pack_reasons, pack_view
+from nanoaki import IMAGE, PROMPT, make_mask
+
+TEMPLATE = Path(__file__).parent.parent / "assets/page.html"
+PLACE = "{{data}}"   # in the template, once
+LARGEST = 5_000_000  # bytes of a page
+ERROR = ("A weight is shown as one of 255 parts of the largest in its row, so it is off by at most "
+         "0.2% of that one.")
+
+
+def as_url(picture: Image.Image) -> str:
+    file = io.BytesIO()
+    picture.save(file, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def make_tour(views: list[View], start: int) -> list[dict]:
+    """Four sentences, and what is to be seen meanwhile: which token, who reads whom, a second one.
+
+    views are those of one question under each mask; two masks are compared side by side.
+    """
+    roles, masks = views[start].roles, [view.mask for view in views]
+    prompt = (roles == PROMPT).nonzero()[:, 0].tolist()
+    images = (roles == IMAGE).nonzero()[:, 0].tolist()
+    last, visual, both = prompt[-1], images[len(images) // 2], len(views) == 2
+    word = max(prompt[:-1] or prompt, key=lambda i: len(views[start].labels[i]))
+    told = masks if both else [masks[start]]
+    rules = "; ".join(f"under {mask} {RULES[mask]}" for mask in told)
+    if any((STATE_OF[mask_reasons(mask, roles)] == UNLOCKED).any() for mask in told):
+        rules += ": the orange cells of the grid"
+    readers = [f"{int(make_mask(mask, roles[None])[0, images, word].sum())} under {mask}"
+               for mask in masks]
+    return [
+        {"at": last, "both": False, "say": "This is one sequence, from the picture to the answer: "
+         "point at any part of it, tap it, or walk with the arrow keys, and what it reads lights "
+         "up."},
+        {"at": visual, "both": both, "say": rules[0].upper() + rules[1:] + "."},
+        {"at": word, "both": both, "turned": True, "say": "Press r, or 'who reads it', and you see "
+         f"who reads this word: of {len(images)} visual tokens {', '.join(readers)}."},
+        {"at": visual, "both": both, "other": word, "say": "Click to pin a token, then point at "
+         "another, or at a cell of the grid: a sentence says why it is open or closed."}]
+
+
+def make_page(path, views: list[list[View]], questions: list[str], V: int, own: str, about: str,
+              squares: list[Image.Image] = (), moved: list[Tensor] = (), notes: list[str] = (),
+              layers: list[int] | None = None, head: int | None = None) -> str:
+    """The page of views[question][mask], pictures having V visual tokens; own is shown first.
+
+    moved: movement's shares for each mask; layers and head as for choose_planes. Heads are averaged
+    where all of them would make it larger than LARGEST. Raises ValueError where that is not enough.
+    """
+    masks, weights = [view.mask for view in views[0]], views[0][0].weights
+    start = masks.index(own) if own in masks else 0
+    data = {"about": about, "questions": questions, "masks": masks, "start": start,
+            "visual": V, "side": math.isqrt(V - 1) + 1, "pictures": [as_url(s) for s in squares],
+            "reasons": pack_reasons(), "legend": pack_legend(views),
+            "moved": [pack_movement(shares) for shares in moved],
+            "tour": make_tour(views[0], start), "notes": list(notes)}
+    if weights is not None:
+        data["layers"] = layers or ["mean", *range(1, len(weights) + 1)]
+        data["notes"].append(ERROR)
+    for average in (False, True):
+        if weights is not None:
+            data["heads"] = ["mean", *range(1, weights.shape[1] + 1)]
+            if average or head is not None:
+                data["heads"] = [head or "mean"]
+        data["views"] = [[pack_view(view, V, layers, head, average) for view in row]
+                         for row in views]
+        page = fill(json.dumps(data, separators=(",", ":")))
+        size = len(page.encode())
+        if size <= LARGEST:
+            return page
+        data["notes"].append(f"Only the mean of the heads is shown: with all of them this page "
+                             f"would have {size / 1e6:.1f} MB.")
+    less = "" if weights is None else "fewer layers (--layer 1), "
+    raise ValueError(f"{path}: {size / 1e6:.1f} MB, and a page may have "
+                     f"{LARGEST // 10 ** 6}: leave out something, {less}masks (--masks mma) or "
+                     f"questions")
+
+
+def fill(text: str) -> str:
+    """The template with JSON in its place, in which nothing can be taken for markup."""
+    for character in "<>&":  # they stand only within JSON's strings
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    before, after = TEMPLATE.read_text(encoding="utf-8").split(PLACE)
+    return before + text + after
