@@ -8,6 +8,7 @@ What is measured rather than tested: time of a step, memory of a large dataset, 
     python tests/bench.py --records 665000              # Linux: 1 GB of records, as LLaVA-1.5 has
     python tests/bench.py --kills 200                   # train.py is killed and resumed
     python tests/bench.py --reads out/shapes/model.pt   # which words visual tokens attend to
+    python tests/bench.py --page docs/page.html         # a redraw of a page in Chromium
 """
 import json
 import random
@@ -29,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from data import shapes  # noqa: E402
 from data.llava import Records  # noqa: E402
 from data.scenes import PLACES  # noqa: E402
-from draw import attention_maps  # noqa: E402
+from engine.attention import attention_maps  # noqa: E402
 from engine.checkpoint import Progress  # noqa: E402
 from engine.device import choose_device, keep_freed_memory  # noqa: E402
 from engine.flags import Parser  # noqa: E402
@@ -295,6 +296,27 @@ def bench_reads(path: str, questions: int = 150) -> None:
                                       for row in torch.stack(values).mean(0).tolist()))
 
 
+def bench_page(path: Path) -> None:
+    """From a key to the page's new style, layout and grid, with one mask and with all of them."""
+    from browser import Browser, find_chromium
+    browser = Browser(find_chromium() or sys.exit("there is no Chromium here"))
+    browser.open(path)
+    redraw = """[...Array(210).keys()].map(i => {
+      const start = performance.now(), key = ["l", "r", "ArrowRight"][i % 3];
+      document.body.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true }));
+      document.body.getBoundingClientRect();
+      document.querySelectorAll(".panel:not([hidden]) canvas").forEach(grid =>
+        grid.getContext("2d").getImageData(0, 0, 1, 1));
+      return performance.now() - start;
+    }).slice(10)"""
+    for name, key in (("one mask", ""), ("all masks", "b")):
+        if key:
+            browser.key(key)
+        times = sorted(browser.run(redraw))
+        print(f"{name}: {statistics.median(times):.1f} ms a redraw, 95% within {times[189]:.1f} ms")
+    browser.close()
+
+
 def make_parser() -> Parser:
     parser, defaults = Parser(__doc__), Settings()
     parser.add_argument("--preset", choices=PRESETS, default="nano")
@@ -307,6 +329,8 @@ def make_parser() -> Parser:
     parser.add_argument("--kills", type=int, help="kill that often, instead")
     parser.add_argument("--reads", metavar="FILE", help="what visual tokens of a model attend to, "
                                                         "instead")
+    parser.add_argument("--page", metavar="FILE", type=Path,
+                        help="a redraw of a page of draw.py, instead")
     return parser
 
 
@@ -316,6 +340,8 @@ if __name__ == "__main__":
         bench_records(args.records)
     elif args.reads:
         bench_reads(args.reads)
+    elif args.page:
+        bench_page(args.page)
     elif args.kills:
         bench_kills(args.kills)
     elif args.tokens:

@@ -1,0 +1,606 @@
+"""The page shows what Python computed: every cell, weight and mean; and a browser shows the page."""
+import base64
+import json
+import random
+import re
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import draw
+from conftest import SAFE, random_roles, tiny_model
+from draw import word_batch
+from engine import page as pages
+from engine.attention import attention_maps, movement, token_labels
+from engine.cells import REASONS, RULES, SEGMENTS, STATES, UNLOCKED, mask_reasons
+from engine.page import LARGEST, TEMPLATE, fill, make_page
+from engine.views import View, pack_legend, segments, token_names
+from helpers import refused
+from nanoaki import ANSWER, IMAGE, MASKS, PAD, PRESETS, PROMPT, NanoAKI, Tokenizer, make_mask
+
+WIDTHS = (360, 800, 1400)
+NASTY = "is <script>alert(1)</script> & <!-- \u2028 </script><b>here</b>?"
+
+
+@pytest.fixture(scope="module")
+def picture():
+    rng = np.random.default_rng(0)
+    return Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8))
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model(torch.float32, Tokenizer([]))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, model, picture):
+    """With model.pt, whose vocabulary is bytes; nano.pt, as large as the default; and p.png."""
+    folder = tmp_path_factory.mktemp("pages")
+    model.save(folder / "model.pt")
+    torch.manual_seed(0)
+    NanoAKI(PRESETS["nano"], Tokenizer([])).save(folder / "nano.pt")
+    picture.save(folder / "p.png")
+    return folder
+
+
+def write(folder, name, *argv):
+    """(path, data) of the page that a command line writes."""
+    argv = [str(folder / a) if a in ("model.pt", "nano.pt", "p.png") else a for a in argv]
+    draw.main([*argv, "--out", str(folder / name)])
+    return folder / name, read((folder / name).read_text(encoding="utf-8"))
+
+
+def read(text: str) -> dict:
+    (found,) = re.findall(r'<script type="application/json" id="data">(.*)</script>', text)
+    return json.loads(found)
+
+
+def asked(model: str, *questions: str) -> list[str]:
+    return ["--model", model, "--image", "p.png", "--ask", *questions]
+
+
+# What is in the file ------------------------------------------------------------------------------
+
+
+def shown_reasons(view: dict) -> torch.Tensor:
+    """int64 (T, T): which reason the page has for each cell."""
+    rows = []
+    for row in view["cells"]:
+        assert [start for _, start, _ in row] == [0] + [stop for *_, stop in row[:-1]]
+        rows.append([n for n, start, stop in row for _ in range(start, stop)])
+    return torch.tensor(rows)
+
+
+def shown_weights(data: dict, view: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    """The weights that a page shows, (layers, heads, T, T), and how far each may be off."""
+    shape = (len(data["layers"]), len(data["heads"]), len(view["labels"]), len(view["labels"]))
+    parts = np.frombuffer(base64.b64decode(view["bytes"]), np.uint8).reshape(shape)
+    scales = torch.tensor(view["scales"]).view(*shape[:3], 1)
+    return torch.tensor(parts / 255) * scales, (scales * 0.5001 / 255).expand(shape)
+
+
+def hold_against(data: dict, model, picture) -> None:
+    """Every cell, weight, mean and probability of a page of one picture is the model's."""
+    for question, views in zip(data["questions"], data["views"]):
+        for view in views:
+            maps = attention_maps(model, [picture], question, view["mask"])
+            reasons = shown_reasons(view)
+            assert torch.equal(reasons, mask_reasons(view["mask"], maps.roles))
+            is_open = torch.tensor([reason["open"] for reason in data["reasons"]])
+            assert torch.equal(is_open[reasons], make_mask(view["mask"], maps.roles[None])[0])
+            weights = maps.weights.double()
+            weights = torch.cat([weights.mean(0, keepdim=True), weights])
+            weights = torch.cat([weights.mean(1, keepdim=True), weights], 1)
+            weights = torch.stack([weights[0 if n == "mean" else n] for n in data["layers"]])
+            weights = torch.stack([weights[:, 0 if n == "mean" else n] for n in data["heads"]], 1)
+            shown, error = shown_weights(data, view)
+            assert ((shown - weights).abs() <= error + 1e-7).all()
+            assert error.max() <= 0.002 * weights.max()  # as the page says
+            chances = maps.logits.softmax(-1)
+            for place, five in zip(chances, view["likeliest"], strict=True):
+                assert [share for _, share in five] == pytest.approx(place.topk(5).values.tolist(), rel=1e-3)
+                assert five[0][0] == token_labels(model.tokenizer, [int(place.argmax())])[0]
+            given = len(view["labels"]) - len(view["likeliest"]) + 1
+            assert view["first"] == given - 1 and maps.roles[view["first"]] == PROMPT
+
+
+@pytest.mark.parametrize("more", [[], ["--masks", "prefix,image,leaky,causal,mma"], ["--layer", "2"],
+                                  ["--layer", "2", "1", "--head", "1"]], ids=" ".join)
+def test_every_cell_weight_mean_and_probability_is_the_models(folder, model, picture, more):
+    _, data = write(folder, "a.html", *asked("model.pt", "what is left?", "and where?"), *more)
+    hold_against(data, model, picture)
+
+
+def test_one_changed_byte_cell_or_scale_is_found(folder, model, picture):
+    path, data = write(folder, "a.html", *asked("model.pt", "what is left?"))
+    rng, text = random.Random(0), path.read_text()
+    view = data["views"][0][1]
+    parts = bytearray(base64.b64decode(view["bytes"]))
+    for _ in range(5):
+        at = rng.randrange(len(parts))
+        spoiled = parts[:at] + bytes([parts[at] ^ 2]) + parts[at + 1:]
+        other = read(text)
+        other["views"][0][1]["bytes"] = base64.b64encode(spoiled).decode()
+        with pytest.raises(AssertionError):
+            hold_against(other, model, picture)
+
+    def move_a_cell(view):
+        view["cells"][5][0][2] += 1
+        view["cells"][5][1][1] += 1
+
+    def change_a_scale(view):
+        view["scales"][3] *= 1.01
+
+    def change_a_probability(view):
+        view["likeliest"][0][4][1] += 0.01
+
+    for spoil in (move_a_cell, change_a_scale, change_a_probability):
+        other = read(text)
+        spoil(other["views"][0][1])
+        with pytest.raises(AssertionError):
+            hold_against(other, model, picture)
+    hold_against(read(text), model, picture)
+
+
+@pytest.mark.parametrize("masks", ["mma", "causal", "causal,mma", "image,causal", "causal,mma,prefix,image,leaky"])
+def test_what_the_tour_says_is_true(folder, masks):
+    question = "before <image> and afterwards <image>"
+    _, data = write(folder, "a.html", "--ask", question, "--answer", "no", "--masks", masks)
+    (roles,), (labels,) = word_batch([question], ["no"], 16)
+    sequence, rules, readers, pinned = data["tour"]
+    both, shown = len(data["masks"]) == 2, data["masks"][data["start"]]
+    assert [stop["both"] for stop in data["tour"]] == [False, both, both, both]
+    told = data["masks"] if both else [shown]
+    assert [mask for mask in MASKS if f"nder {mask} {RULES[mask]}" in rules["say"]] == sorted(told, key=[*MASKS].index)
+    assert ("orange" in rules["say"]) == (told != ["causal"])
+    assert labels[readers["at"]] == "afterwards" and readers["turned"] and roles[rules["at"]] == IMAGE
+    for mask in data["masks"]:
+        reads = make_mask(mask, roles[None])[0, roles == IMAGE, readers["at"]]
+        assert f" {int(reads.sum())} under {mask}" in readers["say"]
+    assert (pinned["at"], pinned["other"]) == (rules["at"], readers["at"]) and roles[sequence["at"]] == PROMPT
+
+
+def test_the_line_about_each_mask_and_the_legend_are_true():
+    (roles,), _ = word_batch(["before <image> and <image><image>"], ["no"], 3)
+    kinds = {"visual tokens": roles == IMAGE, "image and prompt": roles != ANSWER,
+             "each token": roles >= IMAGE}
+    for name, rule in RULES.items():
+        (opened,) = make_mask(name, roles[None]) & ~make_mask("causal", roles[None])
+        reader = next(kind for kind in kinds if rule.startswith(kind))
+        assert not opened[~kinds[reader]].any() and opened.any() == (name != "causal")
+        assert opened[:, roles == PROMPT].any() == ("prompt" in rule)
+        assert opened[:, roles == ANSWER].any() == ("answer" in rule)
+        assert opened[:, roles == IMAGE].any() == (name in ("prefix", "image"))
+        legend = pack_legend([[View(name, roles, [])]])
+        assert any(line["state"] == "unlocked" for line in legend) == (name != "causal")
+        assert not any(line["state"] == "padding" for line in legend)
+    padded = torch.cat([roles, torch.tensor([PAD])])
+    assert {"state": "padding", "name": "padding"} in pack_legend([[View("mma", padded, [])]])
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_the_reason_of_each_cell_is_true(name):
+    reasons, unlocked = list(REASONS.items()), 0
+    for roles in random_roles(15, seed=2):
+        mask, found = make_mask(name, roles[None])[0], mask_reasons(name, roles)
+        past = make_mask("causal", roles[None])[0]
+        for q in range(len(roles)):
+            for k in range(len(roles)):
+                key, (state, is_open, sentence) = reasons[found[q, k]]
+                assert is_open == mask[q, k] == (" may not " not in sentence)
+                assert (state == UNLOCKED) == (is_open and not past[q, k])
+                assert ("stands before" in sentence) == (bool(past[q, k]) and q != k)
+                assert ("itself" in sentence and is_open) == (q == k)
+                assert ("padding" in sentence) == (q != k and PAD in (roles[q], roles[k]))
+                assert ("later" in sentence) == (not is_open and PAD not in (roles[q], roles[k]))
+                if state == UNLOCKED:
+                    unlocked += 1
+                    assert key == ("mma" if name == "leaky" and roles[k] == PROMPT else name)
+    assert (unlocked > 0) == (name != "causal")
+
+
+def test_the_template_has_no_rule_of_a_mask_and_needs_nothing_else():
+    text = TEMPLATE.read_text(encoding="utf-8")
+    assert text.count(pages.PLACE) == 1
+    assert len(text.splitlines()) <= 350 and max(map(len, text.splitlines())) <= 120
+    script = text.split("<script>")[1]
+    assert not re.search(r"\b(causal|mma|prefix|leaky|PROMPT|ANSWER)\b", script)
+    assert not re.search(r"\b[qk]\s*[<>]=?\s*[qk]\b", script)
+    assert re.search(r"\b[qk]\s*[<>]=?\s*[qk]\b", "k <= q")  # the control
+    assert not re.search(r"https?:|src=|href=|innerHTML|@import|url\((?!\$)", text)
+    assert "default-src 'none'" in text
+
+
+def test_the_page_has_the_colours_of_the_pictures():
+    light = TEMPLATE.read_text(encoding="utf-8").split("@media")[0]
+    for name, color, *_ in [*STATES.values(), *SEGMENTS.values()]:
+        assert f"--{name.split()[0]}: rgb({', '.join(map(str, color))});" in light
+
+
+def test_text_can_never_become_markup(folder):
+    plain, _ = write(folder, "plain.html", "--ask", "is it?", "--answer", "no")
+    argv = ["--ask", NASTY, "--answer", NASTY, "--history", NASTY, NASTY, "--system", NASTY]
+    path, data = write(folder, "nasty.html", *argv)
+    tags = [len(re.findall("<[!/a-z]", p.read_text(encoding="utf-8"))) for p in (plain, path)]
+    assert tags[0] == tags[1] and data["questions"] == [NASTY]
+    labels = [label.strip() for label in data["views"][0][0]["labels"] if label != " image"]
+    assert labels.count("<script>alert(1)</script>") == 5
+    _, data = write(folder, "nasty.html", *asked("model.pt", "<script></script>"))
+    assert "".join(data["views"][0][0]["labels"][4:21]) == "<script></script>"
+
+
+def test_a_page_that_is_too_large_averages_heads_and_then_is_refused(folder, model, picture, capsys, monkeypatch):
+    path, data = write(folder, "a.html", *asked("model.pt", "what?"))
+    size = path.stat().st_size
+    assert data["heads"] == ["mean", 1, 2] and data["layers"] == ["mean", 1, 2]
+    monkeypatch.setattr(pages, "LARGEST", size - 1)
+    path, data = write(folder, "b.html", *asked("model.pt", "what?"))
+    assert data["heads"] == ["mean"] and path.stat().st_size < size
+    assert any("mean of the heads" in note for note in data["notes"])
+    hold_against(data, model, picture)
+    monkeypatch.setattr(pages, "LARGEST", path.stat().st_size // 2)
+    argv = asked(str(folder / "model.pt"), "what?")
+    argv[3] = str(folder / "p.png")
+    line = refused(capsys, draw.main, *argv, "--out", folder / "c.html")
+    assert "--layer 1" in line and "--masks mma" in line and not (folder / "c.html").exists()
+    line = refused(capsys, draw.main, "--ask", "a " * 300, "--out", folder / "c.html")
+    assert "--masks mma" in line and "--layer" not in line
+
+
+def test_a_page_of_the_default_models_size_is_small(folder):
+    path, data = write(folder, "nano.html", *asked("nano.pt", "what is left of the red circle?"))
+    assert len(data["views"][0][0]["labels"]) == 127  # it never ends its answer: the longest
+    assert path.stat().st_size < 1_000_000 < LARGEST
+
+
+def test_movement_is_that_of_the_states_after_each_layer(model, picture):
+    two = ["what?", "a longer question"]
+    images, tokens, roles = model.prompt([picture] * 2, two)
+    with torch.no_grad():
+        x, states = model.read(images, tokens, roles), []
+        for block in model.decoder.blocks:
+            x = block(x, make_mask("mma", roles)[:, None])
+            states.append(x)
+    moved = movement(model, [picture], two, "mma")
+    assert moved.shape == (2, 4)
+    for layer, x in zip(moved, states):
+        a, b = x[0, :4], x[1, :4]
+        assert torch.allclose(layer, 2 * (a - b).norm(dim=-1) / (a.norm(dim=-1) + b.norm(dim=-1)))
+
+
+def test_movement_on_the_page_is_python_s_and_exactly_0_under_causal(folder, model, picture):
+    two = ["what?", "a longer question"]
+    _, data = write(folder, "a.html", *asked("model.pt", *two))
+    assert data["masks"] == ["causal", "mma"] and data["start"] == 1
+    for mask, moved in zip(data["masks"], data["moved"]):
+        expected = movement(model, [picture], two, mask)
+        assert torch.allclose(torch.tensor(moved["shares"]), expected, rtol=1e-3)
+        assert ("exactly 0" in moved["title"]) == (mask == "causal") == bool((expected == 0).all())
+    assert write(folder, "a.html", *asked("model.pt", "what?"))[1]["moved"] == []
+
+
+def test_tokens_are_named_by_their_text_and_visual_tokens_by_their_place():
+    roles, labels = word_batch(["see <image> and <image>", "what?"], ["a"], 3)
+    names = token_names(roles[0].tolist(), labels[0], 3)
+    assert names[:6] == ["see", *(f"visual token {i} of image 1" for i in (1, 2, 3)), "and",
+                         "visual token 1 of image 2"]
+    names = token_names(roles[1].tolist(), labels[1], 3)
+    assert names[:4] == ["visual token 1", "visual token 2", "visual token 3", "what?"]
+    assert names[-1] == "padding"
+    parts = [(part["role"], part["start"], part["stop"], part["picture"])
+             for part in segments([PROMPT] + [IMAGE] * 6 + [PROMPT, PAD], 3)]
+    assert parts == [("prompt", 0, 1, None), ("image", 1, 4, 0), ("image", 4, 7, 1),
+                     ("prompt", 7, 8, None), ("padding", 8, 9, None)]
+    tokenizer = Tokenizer([(0xe7, 0xba)])
+    ids = tokenizer.encode("\u7ea2a") + [299, tokenizer.answer, tokenizer.eos]
+    assert token_labels(tokenizer, ids) == ["\u7ea2 1/2", "\u7ea2 2/2", "a", "<299>", " <answer>", " <eos>"]
+
+
+def test_chats_are_asked_and_drawn_with_what_was_said_before(folder, model, picture):
+    talk = ["--system", "Be brief.", "--history", "what?", "a dog"]
+    _, data = write(folder, "chat.html", *asked("model.pt", "where?"), *talk)
+    maps = attention_maps(model, [picture], "where?", history=[("what?", "a dog")], system="Be brief.")
+    labels = data["views"][0][1]["labels"]
+    assert "".join(labels[4:]).startswith("Be brief.\nwhat? <answer>a dog <eos>where? <answer>")
+    assert len(labels) == len(maps.roles)
+    (roles,), (words,) = word_batch(["where?"], ["left"], 2, [("what?", "a dog")], "Be brief.")
+    assert words == ("image image Be brief. what? <answer> a dog <eos> where? <answer> left <eos>").split()
+    assert roles.tolist() == [IMAGE] * 2 + [PROMPT] * 9 + [3, 3]
+    draw.main(["--ask", "where?", *talk, "--out", str(folder / "chat.png")])
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--ask", "a", "--masks", "mma,mmm"], "'mmm' is none of causal"),
+    (["--ask", "a", "--history", "b"], "--history: 1 texts"),
+    (["--ask", "a", "--layer", "1"], "--layer needs --model"),
+    (["--ask", "a", "b", "c", "--model", "model.pt", "--image", "p.png"], "one or two questions"),
+    (["--ask", "a", "--model", "model.pt", "--image", "p.png", "--layer", "1", "3"], "layer must be 1 to 2"),
+    (["--ask", "a", "--model", "model.pt", "--image", "p.png", "--head", "0"], "head must be 1 to 2"),
+    (["--ask", "a" * 70, "--model", "model.pt", "--image", "p.png"], "64 positions"),
+    (["--ask", "a", "--out", "/nowhere/a.html"], "/nowhere/a.html cannot be written")], ids=str)
+def test_nonsense_is_one_line_and_exit_code_2(folder, capsys, monkeypatch, argv, words):
+    monkeypatch.chdir(folder)
+    assert words in refused(capsys, draw.main, *argv, *([] if "--out" in argv else ["--out", "x.html"]))
+    assert not (folder / "x.html").exists()
+
+
+# What a browser shows -----------------------------------------------------------------------------
+
+WORDS = "what is left of the red circle? "
+CASES = {
+    "default model": asked("nano.pt", "what is left of it?"),
+    "padded batch": ["--ask", "what color is it?", "where?", "--answer", "red"],
+    "two pictures": ["--model", "model.pt", "--image", "p.png", "p.png", "--ask", "<image> or <image>?"],
+    "chat": ["--ask", "where?", "--history", "what is it?", "a dog", "--system", "Be brief.",
+             "--masks", "causal,mma,leaky"],
+    "400 tokens": ["--ask", WORDS * 5, "--answer", "a circle", "--visual-tokens", "361", "--masks", "causal,mma"]}
+TOKENS = "[...document.querySelectorAll('.panel:not([hidden]) button.token')]"
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if sys.platform == "win32":
+        pytest.skip("a browser's pipe is at descriptors 3 and 4, which Windows has not")
+    from browser import Browser, find_chromium
+    path = find_chromium()
+    if path is None:
+        pytest.skip("there is no Chromium here (apt-get install chromium)")
+    browser = Browser(path)
+    yield browser
+    browser.close()
+
+
+def load(browser, path, width=1200, dark=False):
+    """Open a page, without its tour."""
+    browser.open(path, width, 900, dark)
+    browser.run("document.querySelector('aside').hidden || document.querySelector('aside').lastElementChild.click()")
+
+
+def lit(browser) -> set[int]:
+    return set(browser.run(f"{TOKENS}.flatMap((token, i) => token.classList.contains('open') ? [i] : [])"))
+
+
+def marked(browser, mark: str) -> list[int]:
+    return browser.run(f"{TOKENS}.flatMap((token, i) => token.classList.contains('{mark}') ? [i] : [])")
+
+
+def sentence(browser) -> str:
+    return browser.run("document.querySelector('.panel:not([hidden]) .sentence').textContent")
+
+
+def middle(browser, script: str) -> tuple[float, float]:
+    """Of an element, in the window."""
+    return browser.run(f"(element => {{ element.scrollIntoView({{ block: 'center' }}); const box = "
+                       f"element.getBoundingClientRect(); return [box.left + box.width / 2, box.top "
+                       f"+ box.height / 2]; }})({script})")
+
+
+def cell(browser, q: int, k: int, T: int) -> tuple[float, float]:
+    """The middle of a cell of the grid, in the window."""
+    left, top, side = browser.run("(canvas => { canvas.scrollIntoView({ block: 'center' }); const box = "
+                                  "canvas.getBoundingClientRect(); return [box.left, box.top, box.width]; })"
+                                  "(document.querySelector('.panel:not([hidden]) canvas'))")
+    return left + 8 + (k + 0.5) * (side - 8) / T, top + 8 + (q + 0.5) * (side - 8) / T
+
+
+def roles_of(view: dict) -> torch.Tensor:
+    kinds = {name: role for role, (name, _) in SEGMENTS.items()}
+    return torch.tensor([kinds[part["role"]] for part in view["segments"]
+                         for _ in range(part["start"], part["stop"])])
+
+
+def row(mask: torch.Tensor, i: int) -> set[int]:
+    return set(mask[i].nonzero()[:, 0].tolist())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_pointing_keys_and_pinning_light_what_the_mask_opens(folder, browser, case):
+    path, data = write(folder, "case.html", *CASES[case])
+    load(browser, path)
+    views = data["views"][0]
+    masks = [make_mask(view["mask"], roles_of(view)[None])[0] for view in views]
+    mask, T = masks[data["start"]], len(views[data["start"]]["labels"])
+    assert len(browser.run(f"{TOKENS}.map(() => 0)")) == T
+    for i in sorted({0, 1, T // 3, T - 2, T - 1}):
+        browser.mouse(*middle(browser, f"{TOKENS}[{i}]"))
+        assert marked(browser, "at") == [i] and lit(browser) == row(mask, i)
+        browser.key("r")
+        assert lit(browser) == row(mask.T, i) and "is read by" in sentence(browser)
+        browser.key("r")
+    browser.key("ArrowLeft")
+    assert marked(browser, "at") == [T - 2] and lit(browser) == row(mask, T - 2)
+    browser.mouse(*middle(browser, f"{TOKENS}[1]"))
+    browser.key("ArrowRight")
+    assert marked(browser, "at") == [2] and lit(browser) == row(mask, 2)
+    at = next(i for i, role in enumerate(roles_of(views[0]).tolist()) if role == IMAGE)
+    browser.mouse(*middle(browser, f"{TOKENS}[{at}]"))
+    browser.key("ArrowDown")
+    below = at + data["side"]
+    assert marked(browser, "at") == [below]
+    x, y = middle(browser, f"{TOKENS}[{at}]")
+    browser.mouse(x, y, click=True)
+    assert "pinned" in browser.run("document.body.className")
+    browser.mouse(*middle(browser, f"{TOKENS}[{T - 1}]"))  # a second one, and why
+    assert marked(browser, "at") == [at] and marked(browser, "other") == [T - 1]
+    words = dict(q=views[data["start"]]["names"][at], k=views[data["start"]]["names"][T - 1])
+    reason = data["reasons"][shown_reasons(views[data["start"]])[at, T - 1]]
+    assert sentence(browser).startswith(reason["sentence"].format(**words)) and lit(browser) == row(mask, at)
+    browser.key("Escape")
+    browser.mouse(*middle(browser, f"{TOKENS}[2]"))
+    assert marked(browser, "at") == [2] and "pinned" not in browser.run("document.body.className")
+    for n in range(1, len(masks) + 1):  # in turn, and round
+        browser.key("m")
+        shown = (data["start"] + n) % len(masks)
+        title = browser.run("document.querySelector('.panel:not([hidden]) h2').firstChild.textContent")
+        assert title == views[shown]["title"] and lit(browser) == row(masks[shown], 2)
+    browser.key("b")
+    sides = browser.run("[...document.querySelectorAll('.panel:not([hidden])')].map(panel => [...panel."
+                        "querySelectorAll('button.token')].flatMap((t, i) => t.matches('.open') ? [i] : []))")
+    assert [set(side) for side in sides] == [row(other, 2) for other in masks]
+    assert browser.run("[...document.querySelectorAll('canvas')].every(grid => grid.width === grid.clientWidth)")
+    assert browser.errors == []
+    assert {url.split(":")[0] for url in browser.requests} <= {"file", "data"}
+
+
+def test_the_grid_says_of_each_cell_why_it_is_open_or_closed(folder, browser):
+    path, data = write(folder, "case.html", *CASES["padded batch"])
+    load(browser, path)
+    for question, views in enumerate(data["views"]):
+        view, names = views[data["start"]], views[data["start"]]["names"]
+        reasons, T = shown_reasons(view), len(names)
+        for q, k in [(0, 0), (5, T - 8), (3, 1), (T - 8, 3), (T - 1, 2), (2, T - 1), (T - 1, T - 1), (T - 4, T - 3)]:
+            browser.mouse(*cell(browser, q, k, T))
+            words = data["reasons"][reasons[q, k]]["sentence"].format(q=names[q], k=names[k])
+            assert sentence(browser) == words + "." and marked(browser, "at") == [q]
+        browser.key("q")
+    assert browser.run("document.querySelector('h1').textContent") == data["questions"][0]
+
+
+def test_layers_heads_and_weights_are_python_s(folder, browser):
+    path, data = write(folder, "case.html", *CASES["default model"])
+    load(browser, path)
+    view = data["views"][0][data["start"]]
+    weights, _ = shown_weights(data, view)
+    T, at = len(view["labels"]), 40
+    browser.mouse(*middle(browser, f"{TOKENS}[{at}]"))
+    browser.key("w")
+    for layer, head in [(0, 0), (1, 0), (2, 0), (2, 1), (2, 3), (4, 3)]:
+        for name, value in (("layer", layer), ("head", head)):
+            now = int(browser.run(f"document.getElementById('{name}').value"))
+            for _ in range(abs(value - now)):
+                browser.key((name[0] if value > now else name[0].upper()))
+            said = browser.run(f"document.querySelector('#{name} + output').value")
+            assert said == str(data[f"{name}s"][value])
+        shown = browser.run(f"{TOKENS}.map(token => [token.dataset.weight, token.style.getPropertyValue('--share')])")
+        expected = weights[layer, head, at]
+        for (said, share), weight in zip(shown, expected.tolist()):
+            assert float(share) == pytest.approx(weight / float(expected.max()), abs=1e-6)
+            if said and said[0] != "<":
+                assert float(said[:-1]) == pytest.approx(100 * weight, abs=0.501 if weight > 0.09 else 0.0501)
+    browser.key("r")
+    place = "document.querySelectorAll('.panel:not([hidden]) .likeliest button')[2]"
+    browser.mouse(*middle(browser, place), click=True)
+    assert marked(browser, "at") == [view["first"] + 2] and " reads " in sentence(browser)
+    five = browser.run(f"{place}.textContent")
+    assert all(label.strip() in five for label, _ in view["likeliest"][2])
+    browser.key("H")
+    browser.run("document.getElementById('layer').value = 0, document.getElementById('layer').oninput()")
+    assert browser.run("document.querySelector('#layer + output').value") == "mean"
+    browser.key("p")  # it plays: the next layer comes by itself
+    assert browser.run("new Promise(done => setTimeout(() => done(document.querySelector('#layer + output').value), "
+                       "1200))") == "1"
+    assert T == len(shown)
+
+
+def test_the_page_shows_the_cells_that_it_is_given_whatever_they_are(folder, browser):
+    path, data = write(folder, "case.html", "--ask", "what is it?", "--masks", "mma", "--visual-tokens", "4")
+    rng, view = random.Random(0), data["views"][0][0]
+    T = len(view["labels"])
+    given = [[rng.randrange(len(data["reasons"])) for _ in range(T)] for _ in range(T)]
+    view["cells"] = [[(n, k, k + 1) for k, n in enumerate(line)] for line in given]
+    path.write_text(fill(json.dumps(data)), encoding="utf-8")
+    load(browser, path)
+    for i in range(T):
+        browser.mouse(*middle(browser, f"{TOKENS}[{i}]"))
+        assert lit(browser) == {k for k in range(T) if data["reasons"][given[i][k]]["open"]}
+
+
+def test_a_first_visit_is_led_through_and_the_next_is_not(folder, browser):
+    path, data = write(folder, "case.html", *CASES["default model"])
+    browser.open(path)
+    browser.run("localStorage.clear()")
+    browser.open(path)
+    said = []
+    for stop in data["tour"]:
+        said.append(browser.run("document.querySelector('aside p').textContent"))
+        assert marked(browser, "at")[0] == stop["at"]
+        assert len(marked(browser, "at")) == 1 + stop["both"]
+        browser.run("document.getElementById('next').click()")
+    assert said == [stop["say"] for stop in data["tour"]] and len(said) == 4
+    assert all(text.count(".") == 1 for text in said)  # sentences
+    hidden = "document.querySelector('aside').hidden"
+    assert browser.run(hidden)
+    browser.open(path)
+    assert browser.run(hidden)
+    browser.key("?")
+    assert not browser.run(hidden)
+    path, data = write(folder, "two.html", "--ask", "where is the largest of them?", "where?", "--masks", "causal,mma")
+    load(browser, path)
+    browser.key("q")  # it is led through the first question
+    browser.key("?")
+    for stop in data["tour"]:
+        assert marked(browser, "at") == [stop["at"], stop["at"] + len(data["views"][0][0]["labels"])][:1 + stop["both"]]
+        browser.run("document.getElementById('next').click()")
+    assert browser.errors == [] and browser.run("document.querySelector('h1').textContent") == data["questions"][0]
+
+
+def test_text_is_text_and_runs_from_the_right_where_it_is_read_so(folder, browser):
+    path, _ = write(folder, "case.html", "--ask", NASTY, "\u0645\u0627 \u0647\u0648 \u061f", "--masks", "mma")
+    load(browser, path)
+    assert browser.run("document.querySelector('h1').textContent") == NASTY
+    assert browser.run("document.scripts.length") == 2 and browser.errors == []
+    browser.key("q")
+    lefts = browser.run("[...document.querySelectorAll('.prompt .token')].map(t => t.getBoundingClientRect().left)")
+    assert lefts == sorted(lefts, reverse=True)
+    browser.mouse(*middle(browser, "document.querySelector('.prompt .token')"))
+    first = marked(browser, "at")[0]
+    browser.key("ArrowLeft")
+    assert marked(browser, "at") == [first + 1]
+
+
+WALK = """(() => {  // where parts of the page stand while one walks through it
+  const press = key => document.body.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true }));
+  const parts = ["nav", ".panel:not([hidden]) .strip", ".panel:not([hidden]) canvas", "#notes"];
+  const places = new Set();
+  const look = () => places.add(parts.map(part => {
+    const box = document.querySelector(part).getBoundingClientRect();
+    return [box.left, box.top + scrollY, box.width].map(Math.round);
+  }).join());
+  const walk = (key, n) => { for (let i = 0; i < n; i++) { press(key); look(); } };
+  for (const key of ["r", "w", "l", "h", "r"]) { press(key); walk("ArrowDown", 9); walk("ArrowUp", 7); }
+  document.querySelector(".panel:not([hidden]) button.token").click();
+  walk("ArrowDown", 16);
+  press("Escape");
+  return [...places];
+})()"""
+
+
+@pytest.mark.parametrize("argv", [asked("nano.pt", "what is left of it?", "where?"), ["--ask", "<image> or <image>?"]],
+                         ids=["two questions", "four masks"])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_nothing_jumps_or_sticks_out(folder, browser, width, argv):
+    path, _ = write(folder, "case.html", *argv)
+    load(browser, path, width)
+    for way in ("alone", "both"):
+        places = browser.run(WALK)
+        assert len(places) == 1, (way, places)
+        assert browser.run("document.documentElement.scrollWidth") == width
+        browser.key("b")
+    browser.key("b")
+    browser.run("document.head.append(Object.assign(document.createElement('style'), "
+                "{ textContent: '.sentence { min-height: 0 !important }' }))")
+    assert len(browser.run(WALK)) > 1 or width == 1400  # the control; a wide line holds each
+    assert browser.errors == []
+
+
+def test_everything_has_a_name_and_focus_can_be_seen(folder, browser):
+    path, _ = write(folder, "case.html", *CASES["two pictures"])
+    load(browser, path)
+    nodes = browser.send("Accessibility.getFullAXTree")["nodes"]
+    nameless = [node for node in nodes if not node.get("ignored")
+                and node["role"]["value"] in ("button", "slider", "img", "group", "navigation")
+                and not node.get("name", {}).get("value")]
+    assert nameless == [] and sum(node["role"]["value"] == "button" for node in nodes) > 10
+    browser.key("ArrowRight")
+    assert browser.run("getComputedStyle(document.activeElement).outlineStyle") != "none"
+
+
+def test_it_prints(folder, browser):
+    path, _ = write(folder, "case.html", *CASES["default model"])
+    load(browser, path, dark=True)
+    printed = base64.b64decode(browser.send("Page.printToPDF", printBackground=False)["data"])
+    assert printed.startswith(b"%PDF") and 1 <= len(re.findall(rb"/Type\s*/Page\b", printed)) <= 4
