@@ -99,7 +99,7 @@ def leaky(q: Token, k: Token) -> Tensor:
 MASKS = {"causal": causal, "mma": mma, "prefix": prefix, "image": image_run, "leaky": leaky}
 
 
-def sees(name: str, q: Token, k: Token) -> Tensor:
+def may_see(name: str, q: Token, k: Token) -> Tensor:
     """Whether a query sees a key of its row; ValueError on no mask of that name."""
     if name not in MASKS:
         raise ValueError(f"mask {name!r} is none of {', '.join(MASKS)}")
@@ -115,7 +115,7 @@ def make_mask(name: str, roles: Tensor) -> Tensor:
     place = torch.arange(roles.shape[1], device=roles.device)[None]
     tokens = Token(place, roles, (roles >= PROMPT).cumsum(1))
     q, k = Token(*(x[:, :, None] for x in tokens)), Token(*(x[:, None, :] for x in tokens))
-    return sees(name, q, k)
+    return may_see(name, q, k)
 
 
 def make_block_mask(name: str, roles: Tensor) -> BlockMask:
@@ -126,22 +126,29 @@ def make_block_mask(name: str, roles: Tensor) -> BlockMask:
     (B, T), run = roles.shape, (roles >= PROMPT).cumsum(1)
 
     def mask_mod(b, head, q, k):
-        return sees(name, Token(q, roles[b, q], run[b, q]), Token(k, roles[b, k], run[b, k]))
+        q, k = Token(q, roles[b, q], run[b, q]), Token(k, roles[b, k], run[b, k])
+        return may_see(name, q, k)
 
-    return compiled(create_block_mask, roles.device)(mask_mod, B, None, T, T, roles.device)
+    make = prepared(create_block_mask, roles.device)
+    return make(mask_mod, B, None, T, T, roles.device)
 
 
 @cache
-def compiled(function, device: torch.device):
-    """A function for flex_attention, compiled on a GPU: without, it takes the memory it saves."""
+def prepared(function, device: torch.device):
+    """A function for flex_attention as a device needs it: compiled on a GPU, else it is slow."""
     return torch.compile(function) if device.type == "cuda" else function
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | BlockMask | None, p: float) -> Tensor:
-    """Attention of queries (B, heads, T, C / heads) under a mask of either kind; p is dropout."""
-    if isinstance(mask, BlockMask):
-        return compiled(flex_attention, q.device)(q, k, v, block_mask=mask)
-    return F.scaled_dot_product_attention(q, k, v, mask, dropout_p=p)
+    """Attention of queries (B, heads, T, C / heads) under a mask of either kind, with dropout p.
+
+    Raises ValueError on dropout under a BlockMask: flex_attention has none.
+    """
+    if not isinstance(mask, BlockMask):
+        return F.scaled_dot_product_attention(q, k, v, mask, dropout_p=p)
+    if p:
+        raise ValueError(f"flex_attention has no dropout: it must be 0, not {p}")
+    return prepared(flex_attention, q.device)(q, k, v, block_mask=mask)
 
 
 class Cache:
@@ -303,7 +310,7 @@ class Model(nn.Module):
         visual = self.see(batch.images)[batch.shown]                    # (shown, V, n_embd)
         x = self.embed(visual, batch.visual, batch.tokens, batch.roles)
         (T, name), start = (batch.tokens.shape[1], mask or self.config.mask), batch.start
-        if self.flex:  # whole blocks of 128, so that nothing is compiled anew for another length
+        if self.flex:  # whole blocks of 128: few lengths, so that little is compiled anew
             x, start = F.pad(x, (0, 0, 0, -T % 128)), 0
             sees = make_block_mask(name, F.pad(batch.roles, (0, -T % 128)))
         else:

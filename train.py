@@ -396,8 +396,10 @@ def train(argv: list[str] | None) -> None:
     (rank, world), out = rank_and_world(), Path(s.out)
     device, reason = choose_device(s.device, s.dtype)
     print(reason + (f", {world} processes" if world > 1 else "") + f"\nmask: {config.mask}")
-    if s.attention == "flex" and (device.type != "cuda" or config.dropout):
-        raise ValueError("attention flex needs a CUDA GPU, for its backward, and dropout 0")
+    if s.attention == "flex" and device.type != "cuda":
+        raise ValueError(f"attention flex needs a CUDA GPU: it has no backward on {device.type}")
+    if s.attention == "flex" and config.dropout:
+        raise ValueError(f"attention flex has no dropout: it must be 0, not {config.dropout}")
     state = load_file(path) if path else None
     tokenizer, config, stages, examples, digests = first_does(
         lambda: prepare(s, config, state, not state and "block_size" not in flags))

@@ -1,5 +1,6 @@
 """Masks: the table and the five properties of the design, on random layouts."""
 import re
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -72,10 +73,12 @@ def test_rule_of_two_single_positions_equals_the_mask(roles, kind, rows):
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("stretch", [1, 12])  # within a block of 128 tokens, and over several
 @pytest.mark.parametrize("name", MASKS)
-def test_block_mask_of_flex_attention_has_the_same_rules(roles, name):
+def test_block_mask_of_flex_attention_has_the_same_rules(roles, name, stretch):
     roles = roles[((roles == IMAGE).sum(1) >= 4) & (roles == PROMPT).any(1)][:4]
-    q, k, v = 2 * torch.rand(3, 4, 2, LENGTH, 16, generator=torch.Generator().manual_seed(0)) - 1
+    roles, g = roles.repeat_interleave(stretch, 1), torch.Generator().manual_seed(0)
+    q, k, v = 2 * torch.rand(3, 4, 2, stretch * LENGTH, 16, generator=g) - 1
     found = attend(q, k, v, make_block_mask(name, roles), 0.0)
     for other in MASKS:
         dense = attend(q, k, v, make_mask(other, roles)[:, None], 0.0)
@@ -97,6 +100,15 @@ def test_loss_by_flex_attention_is_the_dense_loss(name):
         found = model.loss(batch, name).item()
     for other, loss in losses.items():
         assert abs(found - loss) < 1e-5 if other == name else abs(found - loss) > 1e-4
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_dropout_under_a_block_mask_is_refused_and_not_left_out(roles):
+    q = torch.zeros(2, 2, LENGTH, 16)
+    assert attend(q, q, q, make_mask("mma", roles[:2])[:, None], 0.5).shape == q.shape
+    for p in (0.0, 0.5):
+        with pytest.raises(ValueError, match="no dropout") if p else nullcontext():
+            attend(q, q, q, make_block_mask("mma", roles[:2]), p)
 
 
 def test_random_layouts_hold_every_case(roles):
