@@ -47,24 +47,24 @@ class Settings:
     preset: str = knob("nano", f"{', '.join(PRESETS)}: size of the model, refined by its flags",
                        choices=list(PRESETS))
     seed: int = knob(0, "draws weights and order of the data: same seed and threads, same run", 0)
-    align_steps: int = knob(410, "steps of stage 1: captions, under the causal mask; 0: none", 0)
-    steps: int = knob(3200, "steps of stage 2: questions and answers, under --mask; 0: none", 0)
+    align_steps: int = knob(400, "steps of stage 1: captions, under the causal mask; 0: none", 0)
+    steps: int = knob(3800, "steps of stage 2: questions and answers, under --mask; 0: none", 0)
     order: str = knob("data", "pictures where the data have them, before the text ('image') or "
                               "after it ('text') of their turn, or each in turn ('dual')",
                       choices=["data", "image", "text", "dual"])
     init: str = knob("", "checkpoint to begin stage 2 from, with its tokenizer and config")
     freeze: str = knob("", "vit, decoder or both, with a comma: keep them as --init has them")
-    batch_size: int = knob(48, "examples a step, over all processes: more are slower, steadier", 1)
+    batch_size: int = knob(32, "examples a step, over all processes: more are slower, steadier", 1)
     grad_accum: int = knob(1, "parts that a process splits its share of a batch into: less memory",
                            1)
     align_lr: float = knob(0.02, "Muon's peak learning rate in stage 1")
-    lr: float = knob(0.0035, "Muon's peak in stage 2; 0.01 destroys what stage 1 has learned")
+    lr: float = knob(0.005, "Muon's peak in stage 2; 0.01 destroys what stage 1 has learned")
     adamw_lr: float = knob(0.002, "AdamW's peak in both stages: embeddings, head, norms, biases")
     weight_decay: float = knob(0.0, "pull of matrices towards 0, times learning rate: for few data",
                                0)
     warmup: int = knob(50, "steps in which the learning rate rises, under a cosine that ends at 0",
                        1)
-    eval_every: int = knob(640, "steps of stage 2 between evaluations", 1)
+    eval_every: int = knob(760, "steps of stage 2 between evaluations", 1)
     eval_sample: int = knob(500, "held-out questions in each of them; the final test takes all", 1)
     test_sample: int = knob(5000, "questions of the final report where there is no test.json, at "
                                   "most; 0: no report, with or without", 0)
