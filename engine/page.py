@@ -50,7 +50,7 @@ def make_tour(views: list[View], start: int) -> list[dict]:
         {"at": word, "both": both, "turned": True, "say": "Press r, or 'who reads it', and you see "
          f"who reads this word: of {len(images)} visual tokens {', '.join(readers)}."},
         {"at": visual, "both": both, "other": word, "say": "Click or tap a token to pin it, then "
-         "point at another, or at a cell of the grid, or tap it: a sentence says why it is open or "
+         "point at another or tap it, or a cell of the grid: a sentence says why it is open or "
          "closed, until you click the pinned one again."}]
 
 

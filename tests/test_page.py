@@ -917,6 +917,13 @@ def test_it_prints_in_light_colours_from_a_dark_screen(folder, browser):
         light, dark = (tuple(map(int, channels(re.search(rf"--{name}: ([^;]*);", part)[1])))
                        for part in styles[:2])
         assert light in fills and dark not in fills
+    scheme = {"name": "prefers-color-scheme", "value": "dark"}
+    corner = f"new Promise(done => setTimeout(() => done([...{CANVAS}.getContext('2d').getImageData(" \
+             f"{CANVAS}.width - 5, 30, 1, 1).data].slice(0, 3)), 100))"
+    for medium, color in (("print", light), ("screen", dark)):  # where nothing else has it redrawn
+        browser.send("Emulation.setEmulatedMedia", media=medium, features=[scheme])
+        assert tuple(browser.run(corner)) == color
+    browser.send("Emulation.setEmulatedMedia", media="")
 
 
 def test_what_a_token_without_letters_is_shows(folder, browser):
