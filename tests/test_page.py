@@ -300,7 +300,8 @@ def test_tokens_are_named_by_their_text_and_visual_tokens_by_their_place():
     names = token_names(roles[1].tolist(), labels[1], 3)
     assert names[:4] == ["visual token 1", "visual token 2", "visual token 3", "what?"]
     assert names[-1] == "padding"
-    assert token_names([PROMPT] * 3, ["\n", " \n\n", "  "], 3) == [*["a line break"] * 2, "a space"]
+    blank = token_names([PROMPT] * 3, ["\n", " \n\n", "  "], 3)
+    assert blank == ["a line break", "a line break", "a space"]
     parts = [(part["role"], part["start"], part["stop"], part["picture"])
              for part in segments([PROMPT] + [IMAGE] * 6 + [PROMPT, PAD], 3)]
     assert parts == [("prompt", 0, 1, None), ("image", 1, 4, 0), ("image", 4, 7, 1),
@@ -491,7 +492,7 @@ def test_pointing_keys_and_pinning_light_what_the_mask_opens(folder, browser, ca
         assert marked(browser, "at") == pinned(browser) == [at]
         assert marked(browser, "other") == [T - 1] and lit(browser) == row(mask, at)
         assert sentence(browser).startswith(said(data, views[data["start"]], at, T - 1))
-    browser.mouse(*middle(browser, f"{TOKENS}[{at}]"), click=True)  # and on the first it lets go
+    browser.mouse(*middle(browser, f"{TOKENS}[{at}]"), click=True)  # on the first it lets go
     assert pinned(browser) == []
     browser.mouse(*middle(browser, f"{TOKENS}[{at}]"), click=True)
     assert pinned(browser) == [at] and marked(browser, "other") == []
@@ -523,7 +524,8 @@ def test_the_grid_says_of_each_cell_why_it_is_open_or_closed(folder, browser):
         for q, k in [(0, 0), (5, T - 8), (3, 1), (T - 8, 3), (T - 1, 2), (2, T - 1), (T - 1, T - 1),
                      (T - 4, T - 3)]:
             browser.mouse(*cell(browser, q, k, T))
-            assert sentence(browser) == said(data, view, q, k) + "." and marked(browser, "at") == [q]
+            assert sentence(browser) == said(data, view, q, k) + "."
+            assert marked(browser, "at") == [q]
         browser.key("q")
     assert heading(browser) == data["questions"][0]
 
@@ -626,11 +628,12 @@ def test_how_far_a_token_moves_is_said_of_visual_tokens_and_of_no_word(folder, b
     shares = data["moved"][data["start"]]["shares"]
     labels = "[...document.querySelectorAll('.panel:not([hidden]) .moved small')].map(label => " \
              "label.textContent.split('\\n'))"
-    for i, expected in [(2, [layer[2] for layer in shares]), (5, None), (0, [x[0] for x in shares])]:
+    for i, expected in [(2, [layer[2] for layer in shares]), (5, []),
+                        (0, [layer[0] for layer in shares])]:
         browser.mouse(*middle(browser, f"{TOKENS}[{i}]"))
         names, lengths = zip(*browser.run(labels))
         assert names == ("layer 1", "layer 2")
-        assert [float(x) for x in lengths if x] == (expected or [])
+        assert [float(length) for length in lengths if length] == expected
 
 
 def test_layers_heads_and_weights_are_python_s(folder, browser):
