@@ -921,10 +921,11 @@ def test_it_prints_in_light_colours_from_a_dark_screen(folder, browser):
                        for part in styles[:2])
         assert light in fills and dark not in fills
     scheme = {"name": "prefers-color-scheme", "value": "dark"}
-    corner = f"new Promise(done => setTimeout(() => done([...{CANVAS}.getContext('2d').getImageData(" \
-             f"{CANVAS}.width - 5, 30, 1, 1).data].slice(0, 3)), 100))"
+    corner = "(grid => [...grid.getContext('2d').getImageData(grid.width - 5, 30, 1, 1).data])" \
+             f"({CANVAS}).slice(0, 3)"
     for medium, color in (("print", light), ("screen", dark)):  # where nothing else has it redrawn
         browser.send("Emulation.setEmulatedMedia", media=medium, features=[scheme])
+        browser.run("new Promise(done => setTimeout(done, 100))")
         assert tuple(browser.run(corner)) == color
     browser.send("Emulation.setEmulatedMedia", media="")
 
