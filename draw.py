@@ -246,13 +246,13 @@ def check_parts(config, layers: list[int] | None, head: int | None) -> None:
             raise ValueError(f"{name} must be 1 to {most}, as the model has, not {value}")
 
 
-def most_read(title: str, names: list[str], weights: Tensor):
-    """title, names and weights (layers, heads, names, visual tokens) of the MOST largest names."""
+def most_read(title: str, names: list[str], rows: dict[str, Tensor]):
+    """title, names and rows, each (names, visual tokens), of the MOST names with most weight."""
     if len(names) <= MOST:
-        return title, names, weights
-    some = weights.mean((0, 1, 3)).topk(MOST).indices.sort().values
+        return title, names, rows
+    some = torch.stack(list(rows.values())).mean((0, 2)).topk(MOST).indices.sort().values
     return (f"{title} (the {MOST} of {len(names)} with the most)", [names[i] for i in some],
-            weights[:, :, some])
+            {row: weights[some] for row, weights in rows.items()})
 
 
 def draw_attention(model: NanoAKI, pictures: list, questions: list[str], mask: str | None = None,
@@ -287,8 +287,8 @@ def draw_attention(model: NanoAKI, pictures: list, questions: list[str], mask: s
                 if not weights.any():
                     sheet.append(text("no visual token reads a word of the question"))
                     continue
-                title, names, weights = most_read(title, names, weights)
-                sheet.append(map_rows(title, square, names, rows(weights), alone))
+                shown = most_read(title, names, rows(weights))
+                sheet.append(map_rows(shown[0], square, *shown[1:], alone))
     if len(questions) == 2:
         moved = movement(model, pictures, questions, mask, history, system)[-1:].split(V, -1)
         sheet += [map_rows("how far visual tokens move from one question to the other, in lengths "
@@ -302,23 +302,25 @@ def draw_attention(model: NanoAKI, pictures: list, questions: list[str], mask: s
     return frame(join(sheet, down=True, gap=GAP))
 
 
-def page_of_model(args, masks: list[str], model: NanoAKI, *talk) -> str:
+def page_of_model(args, masks: list[str], model: NanoAKI, history: list, system: str) -> str:
     """The page of what a model does with one question or two under each mask."""
     c, tokenizer, views, text_before = model.config, model.tokenizer, [], False
     check_parts(c, args.layer, args.head)
     for question in args.ask:
         views.append([])
         for mask in masks:
-            maps = attention_maps(model, args.image, question, mask, None, *talk)
-            chances, ids = maps.logits.softmax(-1).topk(min(5, c.vocab_size))
-            likeliest = [[(token_labels(tokenizer, [i])[0], short(p)) for i, p in zip(*row)]
-                         for row in zip(ids.tolist(), chances.tolist())]
+            maps = attention_maps(model, args.image, question, mask, None, history, system)
+            most, likeliest = maps.logits.softmax(-1).topk(min(5, c.vocab_size)), []
+            for chances, ids in zip(most.values.tolist(), most.indices.tolist()):
+                names = [token_labels(tokenizer, [i])[0] for i in ids]
+                likeliest.append(list(zip(names, map(short, chances))))
             labels = token_labels(tokenizer, maps.ids[:len(maps.roles)])
             views[-1].append(View(mask, maps.roles, labels, maps.weights, likeliest))
             text_before = text_before or has_text_before(maps.roles)
     moved, notes = [], ["Attention weights are what is read, not an explanation of the answer."]
     if len(args.ask) == 2:
-        moved = [movement(model, args.image, args.ask, mask, *talk) for mask in masks]
+        moved = [movement(model, args.image, args.ask, mask, history, system)
+                 for mask in masks]
         if text_before:
             notes.append(f"{TEXT_BEFORE.capitalize()}.")
     if masks != [c.mask]:
@@ -350,6 +352,14 @@ def check(args) -> None:
     for name in masks:
         if name not in MASKS:
             raise ValueError(f"--masks: {name!r} is none of {', '.join(MASKS)}")
+    for name, values in (("masks", masks), ("layer", args.layer or [])):
+        if len(set(values)) < len(values):
+            raise ValueError(f"--{name} names one twice: {', '.join(map(str, values))}")
+    ending = Path(args.out).suffix.lower()
+    if not (args.out == "-" or is_page(args.out)
+            or Image.registered_extensions().get(ending) in Image.SAVE):
+        raise ValueError(f"--out {args.out!r}: unknown file extension {ending!r}; .png is a "
+                         f"picture, .html a page, - the terminal")
     if len(args.history or []) % 2:
         raise ValueError(f"--history: {len(args.history)} texts, not pairs of question and answer")
     if args.model is not None:
@@ -367,6 +377,17 @@ def check(args) -> None:
         raise ValueError(f"--visual-tokens must be 1 to 4096, not {visual}")
     if answers not in (1, questions):
         raise ValueError(f"{answers} answers for {questions} questions: give one, or one for each")
+
+
+def save(path: str, what: str | Image.Image) -> None:
+    """Write a page, or a picture; raises ValueError where that cannot be done."""
+    try:
+        if is_page(path):
+            write_whole(path, what)
+        else:
+            what.save(path)
+    except OSError as e:
+        raise ValueError(f"{path} cannot be written: {e.strerror or e}") from None
 
 
 def is_page(path: str) -> bool:
@@ -410,16 +431,17 @@ def main(argv: list[str] | None = None) -> None:
     try:
         check(args)
         model = NanoAKI.load(args.model) if args.model is not None else None
-        masks, talk = choose_masks(args, model), (pairs(args.history), args.system or "")
+        masks = choose_masks(args, model)
+        history, system = pairs(args.history), args.system or ""
         if model is None:
             roles, labels = word_batch(args.ask, args.answer or [None], args.visual_tokens or 16,
-                                       *talk)
+                                       history, system)
         if is_page(args.out):
             if model is None:
                 page = page_of_masks(args, masks, roles, labels)
             else:
-                page = page_of_model(args, masks, model, *talk)
-            write_whole(args.out, page)
+                page = page_of_model(args, masks, model, history, system)
+            save(args.out, page)
             print(f"{args.out}: {len(page) / 1e6:.2f} MB")
             return
         if args.out == "-":
@@ -431,13 +453,11 @@ def main(argv: list[str] | None = None) -> None:
             sheet = draw_mask(roles, labels, masks)
         else:
             sheet = draw_attention(model, args.image, args.ask, masks[0], args.layer, args.head,
-                                   *talk)
-        sheet.save(args.out)
+                                   history, system)
+        save(args.out, sheet)
         print(f"{args.out}: {sheet.width} x {sheet.height} pixels")
-    except ValueError as e:
+    except (ValueError, OSError) as e:
         fail(e)
-    except OSError as e:
-        fail(f"{args.out} cannot be written: {e.strerror or e}")
 
 
 if __name__ == "__main__":

@@ -59,8 +59,11 @@ def is_at(file, path: Path) -> bool:
 def write_whole(path: Path, text: str) -> None:
     """Write a text file whole or not at all."""
     part = Path(f"{path}.part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)  # it is still there where that failed
 
 
 def save_picture(image: Image.Image, path: Path) -> None:

@@ -15,6 +15,7 @@ from nanoaki import IMAGE, PROMPT, make_mask
 TEMPLATE = Path(__file__).parent.parent / "assets/page.html"
 PLACE = "{{data}}"   # in the template, once
 LARGEST = 5_000_000  # bytes of a page
+LONGEST = 5_000      # tokens of a sequence in it
 ERROR = ("A weight is shown as one of 255 parts of the largest in its row, so it is off by at most "
          "0.2% of that one.")
 
@@ -48,8 +49,9 @@ def make_tour(views: list[View], start: int) -> list[dict]:
         {"at": visual, "both": both, "say": rules[0].upper() + rules[1:] + "."},
         {"at": word, "both": both, "turned": True, "say": "Press r, or 'who reads it', and you see "
          f"who reads this word: of {len(images)} visual tokens {', '.join(readers)}."},
-        {"at": visual, "both": both, "other": word, "say": "Click to pin a token, then point at "
-         "another, or at a cell of the grid: a sentence says why it is open or closed."}]
+        {"at": visual, "both": both, "other": word, "say": "Click or tap a token to pin it, then "
+         "point at another or tap it, or a cell of the grid: a sentence says why it is open or "
+         "closed, until you click the pinned one again."}]
 
 
 def make_page(path, views: list[list[View]], questions: list[str], V: int, own: str, about: str,
@@ -58,8 +60,13 @@ def make_page(path, views: list[list[View]], questions: list[str], V: int, own: 
     """The page of views[question][mask], pictures having V visual tokens; own is shown first.
 
     moved: movement's shares for each mask; layers and head as for choose_planes. Heads are averaged
-    where all of them would make it larger than LARGEST. Raises ValueError where that is not enough.
+    where all of them would make it larger than LARGEST. Raises ValueError where that is not enough,
+    and, before anything is computed, on more than LONGEST tokens.
     """
+    T = max(len(view.roles) for row in views for view in row)
+    if T > LONGEST:
+        raise ValueError(f"{path}: {T:,} tokens, and a page may have {LONGEST:,}: leave out "
+                         f"pictures or text, or give pictures fewer tokens (--visual-tokens)")
     masks, weights = [view.mask for view in views[0]], views[0][0].weights
     start = masks.index(own) if own in masks else 0
     data = {"about": about, "questions": questions, "masks": masks, "start": start,
@@ -69,24 +76,29 @@ def make_page(path, views: list[list[View]], questions: list[str], V: int, own: 
             "tour": make_tour(views[0], start), "notes": list(notes)}
     if weights is not None:
         data["layers"] = layers or ["mean", *range(1, len(weights) + 1)]
+        data["heads"] = [head] if head else ["mean", *range(1, weights.shape[1] + 1)]
         data["notes"].append(ERROR)
-    for average in (False, True):
-        if weights is not None:
-            data["heads"] = ["mean", *range(1, weights.shape[1] + 1)]
-            if average or head is not None:
-                data["heads"] = [head or "mean"]
-        data["views"] = [[pack_view(view, V, layers, head, average) for view in row]
-                         for row in views]
-        page = fill(json.dumps(data, separators=(",", ":")))
-        size = len(page.encode())
-        if size <= LARGEST:
-            return page
+    page = fill_views(data, views, layers, head, average=False)
+    if len(page.encode()) > LARGEST and len(data.get("heads", [])) > 1:
+        data["heads"] = ["mean"]
         data["notes"].append(f"Only the mean of the heads is shown: with all of them this page "
-                             f"would have {size / 1e6:.1f} MB.")
-    less = "" if weights is None else "fewer layers (--layer 1), "
-    raise ValueError(f"{path}: {size / 1e6:.1f} MB, and a page may have "
-                     f"{LARGEST // 10 ** 6}: leave out something, {less}masks (--masks mma) or "
-                     f"questions")
+                             f"would have {len(page.encode()) / 1e6:.1f} MB.")
+        page = fill_views(data, views, layers, head, average=True)
+    size = len(page.encode())
+    if size > LARGEST:
+        less = "" if weights is None else "fewer layers (--layer 1), "
+        raise ValueError(f"{path}: {size / 1e6:.1f} MB, and a page may have "
+                         f"{LARGEST // 10 ** 6}: leave out something, {less}masks (--masks mma) or "
+                         f"questions")
+    return page
+
+
+def fill_views(data: dict, views: list[list[View]], layers: list[int] | None, head: int | None,
+               average: bool) -> str:
+    """The page of data and of these views."""
+    packed = [[pack_view(view, data["visual"], layers, head, average) for view in row]
+              for row in views]
+    return fill(json.dumps(data | {"views": packed}, separators=(",", ":")))
 
 
 def fill(text: str) -> str:

@@ -33,8 +33,10 @@ def token_names(roles: list[int], labels: list[str], V: int) -> list[str]:
             picture, at = divmod(seen, V)
             seen += 1
             names.append(f"visual token {at + 1}" + (f" of image {picture + 1}" if several else ""))
+        elif role == PAD:
+            names.append("padding")
         else:
-            names.append("padding" if role == PAD else label.strip() or "a space")
+            names.append(label.strip() or ("a line break" if "\n" in label else "a space"))
     return names
 
 

@@ -299,8 +299,13 @@ def bench_reads(path: str, questions: int = 150) -> None:
 def bench_page(path: Path) -> None:
     """From a key to the page's new style, layout and grid, with one mask and with all of them."""
     from browser import Browser, find_chromium
+    if not path.is_file():
+        sys.exit(f"{path}: no such file")
     browser = Browser(find_chromium() or sys.exit("there is no Chromium here"))
     browser.open(path)
+    if browser.run("document.querySelector('button.token') === null"):
+        browser.close()
+        sys.exit(f"{path}: no tokens in it: give a page of draw.py")
     redraw = """[...Array(210).keys()].map(i => {
       const start = performance.now(), key = ["l", "r", "ArrowRight"][i % 3];
       document.body.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true }));

@@ -3,11 +3,13 @@ import base64
 import fcntl
 import json
 import os
+import select
 import shutil
 import subprocess
 import tempfile
 from pathlib import Path
 
+PATIENCE = 60  # seconds for an answer
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
 
@@ -28,10 +30,15 @@ class Browser:
                  "--no-first-run", f"--user-data-dir={self.folder.name}"]
         if os.geteuid() == 0:
             flags.append("--no-sandbox")  # root cannot have one
-        self.process = subprocess.Popen(  # messages go in at its descriptor 3, and come out at 4
+
+        def connect():
+            for end, at in zip(ends, (3, 4)):  # messages go in at its descriptor 3, come out at 4
+                os.dup2(end, at)
+
+        self.process = subprocess.Popen(
             [path, *flags, "about:blank"], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL, close_fds=False,
-            preexec_fn=lambda: [os.dup2(end, at) for end, at in zip(ends, (3, 4))])
+            preexec_fn=connect)
         for end in ends:
             os.close(end)
         self.read, self.sent, self.session = b"", 0, None
@@ -45,6 +52,9 @@ class Browser:
 
     def message(self) -> dict:
         while b"\0" not in self.read:
+            if not select.select([self.back], [], [], PATIENCE)[0]:
+                self.process.kill()
+                raise RuntimeError(f"the browser has said nothing for {PATIENCE} seconds")
             some = os.read(self.back, 1 << 20)
             if not some:
                 raise RuntimeError("the browser has ended")
@@ -78,19 +88,20 @@ class Browser:
                     raise RuntimeError(f"{method}: {message['error']}")
                 return message["result"]
 
-    def open(self, path: Path, width: int = 1200, height: int = 900, dark: bool = False) -> None:
-        """Load a file as on a screen of that size, in CSS pixels."""
+    def open(self, path: Path, width: int = 1200, height: int = 900, dark: bool = False,
+             scale: float = 1) -> None:
+        """Load a file as on a screen of that size, in CSS pixels of scale device pixels each."""
         self.errors, self.requests = [], []
-        self.size(width, height)
+        self.size(width, height, scale)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.send("Emulation.setEmulatedMedia", features=[scheme])
         self.send("Page.navigate", url=path.resolve().as_uri())
         while self.next().get("method") != "Page.loadEventFired":
             pass
 
-    def size(self, width: int, height: int) -> None:
+    def size(self, width: int, height: int, scale: float = 1) -> None:
         self.send("Emulation.setDeviceMetricsOverride", width=width, height=height,
-                  deviceScaleFactor=1, mobile=False)
+                  deviceScaleFactor=scale, mobile=False)
 
     def run(self, script: str):
         """The value of a JavaScript expression; a promise is waited for."""
@@ -119,7 +130,7 @@ class Browser:
 
     def close(self) -> None:
         self.process.terminate()
-        self.process.wait()
+        self.process.wait(PATIENCE)
         os.close(self.to)
         os.close(self.back)
         self.folder.cleanup()

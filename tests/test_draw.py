@@ -245,12 +245,30 @@ def test_weight_shows_as_light_on_a_picture_that_keeps_its_colours():
 
 
 def test_the_words_that_are_read_most_are_shown_in_their_order():
-    weights, names = torch.full((2, 1, 9, 4), 0.1), [*"abcdefghi"]
-    for n in (1, 3, 4, 5, 7, 8):
-        weights[:, :, n] = 0.2
-    title, shown, some = most_read("words", names, weights)
-    assert shown == [*"bdefhi"] and (some == 0.2).all() and "6 of 9" in title
-    assert most_read("words", names[:6], weights[:, :, :6])[:2] == ("words", names[:6])
+    weights, names = torch.full((9, 4), 0.1), [*"abcdefghi"]
+    weights[[1, 3, 4, 5, 7, 8]] = 0.2
+    title, shown, rows = most_read("words", names, {"layer 1": weights, "layer 2": weights / 2})
+    assert shown == [*"bdefhi"] and "6 of 9" in title
+    assert (rows["layer 1"] == 0.2).all() and (rows["layer 2"] == 0.1).all()
+    few = {"layer 1": weights[:6]}
+    assert most_read("words", names[:6], few) == ("words", names[:6], few)
+
+
+def test_the_words_of_a_still_are_those_read_most_in_the_layer_and_head_that_is_drawn(
+        model, picture, monkeypatch):
+    question, drawn = "a b c d e f g h i j", []
+    maps = attention_maps(model, [picture], question)
+    monkeypatch.setattr(draw, "map_rows", lambda title, square, names, *_: drawn.append(names)
+                        or Image.new("RGB", (1, 1)))
+    found = []
+    for layer, head in [(None, None), (1, None), (2, None), (2, 1), (2, 2)]:
+        reads = maps.reads if layer is None else maps.reads[layer - 1:layer]
+        reads = reads if head is None else reads[:, head - 1:head]
+        most = reads.mean((0, 1, 3)).topk(draw.MOST).indices.sort().values
+        draw_attention(model, [picture], [question], layers=layer and [layer], head=head)
+        found.append(drawn[-1])
+        assert drawn[-1] == [maps.words[i] for i in most]
+    assert len(set(map(tuple, found))) > 2  # they differ
 
 
 def test_a_still_has_one_row_or_the_layers_that_are_asked(model, picture, monkeypatch):
@@ -320,7 +338,7 @@ def test_the_command_line_draws_masks_and_attention(model, picture, tmp_path, ca
     (["--ask", "a", "--model", "MODEL", "--image", "PICTURE", "--head", "0"], "head must be 1 to 2"),
     (["--ask", "a" * 70, "--model", "MODEL", "--image", "PICTURE"], "64 positions"),
     (["--ask", "a", "--out", "/nowhere/mask.png"], "/nowhere/mask.png cannot be written"),
-    (["--ask", "a", "--out", "mask.nonsense"], "unknown file extension"),
+    (["--ask", "a", "--out", "mask.nonsense"], "unknown file extension '.nonsense'; .png is"),
     (["--masks", "mma"], "--ask")], ids=str)
 def test_nonsense_is_one_line_and_exit_code_2(model, picture, tmp_path, capsys, monkeypatch, argv, words):
     monkeypatch.chdir(tmp_path)

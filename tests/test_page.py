@@ -1,9 +1,11 @@
-"""The page shows what Python computed: every cell, weight and mean; and a browser shows the page."""
+"""The page shows what Python computed: every cell, weight and mean; a browser shows the page."""
 import base64
 import json
 import random
 import re
 import sys
+import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from conftest import SAFE, random_roles, tiny_model
 from draw import word_batch
 from engine import page as pages
 from engine.attention import attention_maps, movement, token_labels
-from engine.cells import REASONS, RULES, SEGMENTS, STATES, UNLOCKED, mask_reasons
+from engine.cells import REASONS, RULES, SEEN, SEGMENTS, STATES, UNLOCKED, mask_reasons
 from engine.page import LARGEST, TEMPLATE, fill, make_page
 from engine.views import View, pack_legend, segments, token_names
 from helpers import refused
@@ -102,14 +104,16 @@ def hold_against(data: dict, model, picture) -> None:
             assert error.max() <= 0.002 * weights.max()  # as the page says
             chances = maps.logits.softmax(-1)
             for place, five in zip(chances, view["likeliest"], strict=True):
-                assert [share for _, share in five] == pytest.approx(place.topk(5).values.tolist(), rel=1e-3)
+                shares = [share for _, share in five]
+                assert shares == pytest.approx(place.topk(5).values.tolist(), rel=1e-3)
                 assert five[0][0] == token_labels(model.tokenizer, [int(place.argmax())])[0]
             given = len(view["labels"]) - len(view["likeliest"]) + 1
             assert view["first"] == given - 1 and maps.roles[view["first"]] == PROMPT
 
 
-@pytest.mark.parametrize("more", [[], ["--masks", "prefix,image,leaky,causal,mma"], ["--layer", "2"],
-                                  ["--layer", "2", "1", "--head", "1"]], ids=" ".join)
+@pytest.mark.parametrize("more", [
+    [], ["--masks", "prefix,image,leaky,causal,mma"], ["--layer", "2"],
+    ["--layer", "2", "1", "--head", "1"]], ids=" ".join)
 def test_every_cell_weight_mean_and_probability_is_the_models(folder, model, picture, more):
     _, data = write(folder, "a.html", *asked("model.pt", "what is left?", "and where?"), *more)
     hold_against(data, model, picture)
@@ -146,7 +150,8 @@ def test_one_changed_byte_cell_or_scale_is_found(folder, model, picture):
     hold_against(read(text), model, picture)
 
 
-@pytest.mark.parametrize("masks", ["mma", "causal", "causal,mma", "image,causal", "causal,mma,prefix,image,leaky"])
+@pytest.mark.parametrize("masks", ["mma", "causal", "causal,mma", "image,causal",
+                                   "causal,mma,prefix,image,leaky"])
 def test_what_the_tour_says_is_true(folder, masks):
     question = "before <image> and afterwards <image>"
     _, data = write(folder, "a.html", "--ask", question, "--answer", "no", "--masks", masks)
@@ -155,13 +160,16 @@ def test_what_the_tour_says_is_true(folder, masks):
     both, shown = len(data["masks"]) == 2, data["masks"][data["start"]]
     assert [stop["both"] for stop in data["tour"]] == [False, both, both, both]
     told = data["masks"] if both else [shown]
-    assert [mask for mask in MASKS if f"nder {mask} {RULES[mask]}" in rules["say"]] == sorted(told, key=[*MASKS].index)
+    said = [mask for mask in MASKS if f"nder {mask} {RULES[mask]}" in rules["say"]]
+    assert said == sorted(told, key=[*MASKS].index)
     assert ("orange" in rules["say"]) == (told != ["causal"])
-    assert labels[readers["at"]] == "afterwards" and readers["turned"] and roles[rules["at"]] == IMAGE
+    assert labels[readers["at"]] == "afterwards" and readers["turned"]
+    assert roles[rules["at"]] == IMAGE
     for mask in data["masks"]:
         reads = make_mask(mask, roles[None])[0, roles == IMAGE, readers["at"]]
         assert f" {int(reads.sum())} under {mask}" in readers["say"]
-    assert (pinned["at"], pinned["other"]) == (rules["at"], readers["at"]) and roles[sequence["at"]] == PROMPT
+    assert (pinned["at"], pinned["other"]) == (rules["at"], readers["at"])
+    assert roles[sequence["at"]] == PROMPT
 
 
 def test_the_line_about_each_mask_and_the_legend_are_true():
@@ -233,7 +241,8 @@ def test_text_can_never_become_markup(folder):
     assert "".join(data["views"][0][0]["labels"][4:21]) == "<script></script>"
 
 
-def test_a_page_that_is_too_large_averages_heads_and_then_is_refused(folder, model, picture, capsys, monkeypatch):
+def test_a_page_that_is_too_large_averages_heads_and_then_is_refused(folder, model, picture, capsys,
+                                                                     monkeypatch):
     path, data = write(folder, "a.html", *asked("model.pt", "what?"))
     size = path.stat().st_size
     assert data["heads"] == ["mean", 1, 2] and data["layers"] == ["mean", 1, 2]
@@ -291,41 +300,74 @@ def test_tokens_are_named_by_their_text_and_visual_tokens_by_their_place():
     names = token_names(roles[1].tolist(), labels[1], 3)
     assert names[:4] == ["visual token 1", "visual token 2", "visual token 3", "what?"]
     assert names[-1] == "padding"
+    blank = token_names([PROMPT] * 3, ["\n", " \n\n", "  "], 3)
+    assert blank == ["a line break", "a line break", "a space"]
     parts = [(part["role"], part["start"], part["stop"], part["picture"])
              for part in segments([PROMPT] + [IMAGE] * 6 + [PROMPT, PAD], 3)]
     assert parts == [("prompt", 0, 1, None), ("image", 1, 4, 0), ("image", 4, 7, 1),
                      ("prompt", 7, 8, None), ("padding", 8, 9, None)]
     tokenizer = Tokenizer([(0xe7, 0xba)])
     ids = tokenizer.encode("\u7ea2a") + [299, tokenizer.answer, tokenizer.eos]
-    assert token_labels(tokenizer, ids) == ["\u7ea2 1/2", "\u7ea2 2/2", "a", "<299>", " <answer>", " <eos>"]
+    assert token_labels(tokenizer, ids) == ["\u7ea2 1/2", "\u7ea2 2/2", "a", "<299>", " <answer>",
+                                            " <eos>"]
 
 
 def test_chats_are_asked_and_drawn_with_what_was_said_before(folder, model, picture):
     talk = ["--system", "Be brief.", "--history", "what?", "a dog"]
     _, data = write(folder, "chat.html", *asked("model.pt", "where?"), *talk)
-    maps = attention_maps(model, [picture], "where?", history=[("what?", "a dog")], system="Be brief.")
+    maps = attention_maps(model, [picture], "where?", history=[("what?", "a dog")],
+                          system="Be brief.")
     labels = data["views"][0][1]["labels"]
     assert "".join(labels[4:]).startswith("Be brief.\nwhat? <answer>a dog <eos>where? <answer>")
     assert len(labels) == len(maps.roles)
     (roles,), (words,) = word_batch(["where?"], ["left"], 2, [("what?", "a dog")], "Be brief.")
-    assert words == ("image image Be brief. what? <answer> a dog <eos> where? <answer> left <eos>").split()
+    assert " ".join(words) == ("image image Be brief. what? <answer> a dog <eos> where? <answer> "
+                               "left <eos>")
     assert roles.tolist() == [IMAGE] * 2 + [PROMPT] * 9 + [3, 3]
     draw.main(["--ask", "where?", *talk, "--out", str(folder / "chat.png")])
 
 
 @pytest.mark.parametrize("argv, words", [
     (["--ask", "a", "--masks", "mma,mmm"], "'mmm' is none of causal"),
+    (["--ask", "a", "--masks", "mma,causal,mma"], "--masks names one twice: mma, causal, mma"),
     (["--ask", "a", "--history", "b"], "--history: 1 texts"),
     (["--ask", "a", "--layer", "1"], "--layer needs --model"),
-    (["--ask", "a", "b", "c", "--model", "model.pt", "--image", "p.png"], "one or two questions"),
-    (["--ask", "a", "--model", "model.pt", "--image", "p.png", "--layer", "1", "3"], "layer must be 1 to 2"),
-    (["--ask", "a", "--model", "model.pt", "--image", "p.png", "--head", "0"], "head must be 1 to 2"),
-    (["--ask", "a" * 70, "--model", "model.pt", "--image", "p.png"], "64 positions"),
+    ([*asked("model.pt", "a"), "--layer", "1", "1", "1"], "--layer names one twice: 1, 1, 1"),
+    (asked("model.pt", "a", "b", "c"), "one or two questions"),
+    ([*asked("model.pt", "a"), "--layer", "1", "3"], "layer must be 1 to 2"),
+    ([*asked("model.pt", "a"), "--head", "0"], "head must be 1 to 2"),
+    (asked("model.pt", "a" * 70), "64 positions"),
+    (["--ask", "<image>" * 3, "--visual-tokens", "4096"], "12,289 tokens, and a page may have"),
+    (["--ask", "a", "--out", "x"], "--out 'x': unknown file extension ''; .png is"),
+    (["--ask", "a", "--out", ""], "--out '': unknown file extension"),
+    (["--ask", "a", "--out", ".html"], "--out '.html': unknown file extension"),
     (["--ask", "a", "--out", "/nowhere/a.html"], "/nowhere/a.html cannot be written")], ids=str)
 def test_nonsense_is_one_line_and_exit_code_2(folder, capsys, monkeypatch, argv, words):
     monkeypatch.chdir(folder)
-    assert words in refused(capsys, draw.main, *argv, *([] if "--out" in argv else ["--out", "x.html"]))
+    if "--out" not in argv:
+        argv = [*argv, "--out", "x.html"]
+    assert words in refused(capsys, draw.main, *argv)
     assert not (folder / "x.html").exists()
+
+
+def test_where_a_page_cannot_be_written_nothing_is_left_of_it(folder, capsys):
+    (folder / "d.html").mkdir()
+    line = refused(capsys, draw.main, "--ask", "a", "--out", folder / "d.html")
+    assert "d.html cannot be written" in line and not (folder / "d.html.part").exists()
+
+
+def test_only_what_is_written_is_said_to_be_what_cannot_be_written(folder, capsys, monkeypatch):
+    monkeypatch.setattr(pages, "TEMPLATE", folder / "gone.html")
+    line = refused(capsys, draw.main, "--ask", "a", "--out", folder / "x.html")
+    assert "gone.html" in line and "cannot be written" not in line
+
+
+def test_a_sequence_is_refused_by_its_length_before_it_is_packed(folder, capsys, monkeypatch):
+    monkeypatch.setattr(pages, "LONGEST", 18)  # 16 visual tokens, a word and <answer>
+    write(folder, "a.html", "--ask", "a")
+    monkeypatch.setattr(pages, "make_tour", None)
+    line = refused(capsys, draw.main, "--ask", "a b", "--out", folder / "b.html")
+    assert "19 tokens" in line and "--visual-tokens" in line
 
 
 # What a browser shows -----------------------------------------------------------------------------
@@ -334,11 +376,14 @@ WORDS = "what is left of the red circle? "
 CASES = {
     "default model": asked("nano.pt", "what is left of it?"),
     "padded batch": ["--ask", "what color is it?", "where?", "--answer", "red"],
-    "two pictures": ["--model", "model.pt", "--image", "p.png", "p.png", "--ask", "<image> or <image>?"],
+    "two pictures": ["--model", "model.pt", "--image", "p.png", "p.png",
+                     "--ask", "<image> or <image>?"],
     "chat": ["--ask", "where?", "--history", "what is it?", "a dog", "--system", "Be brief.",
              "--masks", "causal,mma,leaky"],
-    "400 tokens": ["--ask", WORDS * 5, "--answer", "a circle", "--visual-tokens", "361", "--masks", "causal,mma"]}
+    "400 tokens": ["--ask", WORDS * 5, "--answer", "a circle", "--visual-tokens", "361",
+                   "--masks", "causal,mma"]}
 TOKENS = "[...document.querySelectorAll('.panel:not([hidden]) button.token')]"
+CANVAS = "document.querySelector('.panel:not([hidden]) canvas')"
 
 
 @pytest.fixture(scope="module")
@@ -354,18 +399,31 @@ def browser():
     browser.close()
 
 
-def load(browser, path, width=1200, dark=False):
+def load(browser, path, width=1200, dark=False, scale=1):
     """Open a page, without its tour."""
-    browser.open(path, width, 900, dark)
-    browser.run("document.querySelector('aside').hidden || document.querySelector('aside').lastElementChild.click()")
+    browser.open(path, width, 900, dark, scale)
+    browser.run("(tour => tour.hidden || tour.lastElementChild.click())"
+                "(document.querySelector('aside'))")
+
+
+def chosen(browser, selector: str) -> list[int]:
+    return browser.run(f'{TOKENS}.flatMap((token, i) => token.matches("{selector}") ? [i] : [])')
 
 
 def lit(browser) -> set[int]:
-    return set(browser.run(f"{TOKENS}.flatMap((token, i) => token.classList.contains('open') ? [i] : [])"))
+    return set(chosen(browser, ".open"))
 
 
 def marked(browser, mark: str) -> list[int]:
-    return browser.run(f"{TOKENS}.flatMap((token, i) => token.classList.contains('{mark}') ? [i] : [])")
+    return chosen(browser, f".{mark}")
+
+
+def pinned(browser) -> list[int]:
+    return chosen(browser, "[aria-pressed=true]")
+
+
+def heading(browser) -> str:
+    return browser.run("document.querySelector('h1 .asked').textContent")
 
 
 def sentence(browser) -> str:
@@ -374,17 +432,23 @@ def sentence(browser) -> str:
 
 def middle(browser, script: str) -> tuple[float, float]:
     """Of an element, in the window."""
-    return browser.run(f"(element => {{ element.scrollIntoView({{ block: 'center' }}); const box = "
-                       f"element.getBoundingClientRect(); return [box.left + box.width / 2, box.top "
-                       f"+ box.height / 2]; }})({script})")
+    return browser.run("(element => { element.scrollIntoView({ block: 'center' }); const box = "
+                       "element.getBoundingClientRect(); return [box.left + box.width / 2, "
+                       f"box.top + box.height / 2]; }})({script})")
 
 
 def cell(browser, q: int, k: int, T: int) -> tuple[float, float]:
     """The middle of a cell of the grid, in the window."""
-    left, top, side = browser.run("(canvas => { canvas.scrollIntoView({ block: 'center' }); const box = "
-                                  "canvas.getBoundingClientRect(); return [box.left, box.top, box.width]; })"
-                                  "(document.querySelector('.panel:not([hidden]) canvas'))")
+    left, top, side = browser.run(f"(canvas => {{ canvas.scrollIntoView({{ block: 'center' }}); "
+                                  f"const box = canvas.getBoundingClientRect(); "
+                                  f"return [box.left, box.top, box.width]; }})({CANVAS})")
     return left + 8 + (k + 0.5) * (side - 8) / T, top + 8 + (q + 0.5) * (side - 8) / T
+
+
+def said(data: dict, view: dict, q: int, k: int) -> str:
+    """Why a cell is open or closed, without the full stop."""
+    sentence = data["reasons"][shown_reasons(view)[q, k]]["sentence"]
+    return sentence.format(q=view["names"][q], k=view["names"][k])
 
 
 def roles_of(view: dict) -> torch.Tensor:
@@ -421,27 +485,32 @@ def test_pointing_keys_and_pinning_light_what_the_mask_opens(folder, browser, ca
     browser.key("ArrowDown")
     below = at + data["side"]
     assert marked(browser, "at") == [below]
-    x, y = middle(browser, f"{TOKENS}[{at}]")
-    browser.mouse(x, y, click=True)
-    assert "pinned" in browser.run("document.body.className")
-    browser.mouse(*middle(browser, f"{TOKENS}[{T - 1}]"))  # a second one, and why
-    assert marked(browser, "at") == [at] and marked(browser, "other") == [T - 1]
-    words = dict(q=views[data["start"]]["names"][at], k=views[data["start"]]["names"][T - 1])
-    reason = data["reasons"][shown_reasons(views[data["start"]])[at, T - 1]]
-    assert sentence(browser).startswith(reason["sentence"].format(**words)) and lit(browser) == row(mask, at)
+    browser.mouse(*middle(browser, f"{TOKENS}[{at}]"), click=True)
+    assert pinned(browser) == [at]
+    for click in (False, True):  # a second one, and why; a click holds it
+        browser.mouse(*middle(browser, f"{TOKENS}[{T - 1}]"), click=click)
+        assert marked(browser, "at") == pinned(browser) == [at]
+        assert marked(browser, "other") == [T - 1] and lit(browser) == row(mask, at)
+        assert sentence(browser).startswith(said(data, views[data["start"]], at, T - 1))
+    browser.mouse(*middle(browser, f"{TOKENS}[{at}]"), click=True)  # on the first it lets go
+    assert pinned(browser) == []
+    browser.mouse(*middle(browser, f"{TOKENS}[{at}]"), click=True)
+    assert pinned(browser) == [at] and marked(browser, "other") == []
     browser.key("Escape")
     browser.mouse(*middle(browser, f"{TOKENS}[2]"))
-    assert marked(browser, "at") == [2] and "pinned" not in browser.run("document.body.className")
+    assert marked(browser, "at") == [2] and pinned(browser) == []
     for n in range(1, len(masks) + 1):  # in turn, and round
         browser.key("m")
         shown = (data["start"] + n) % len(masks)
-        title = browser.run("document.querySelector('.panel:not([hidden]) h2').firstChild.textContent")
+        title = browser.run("document.querySelector('.panel:not([hidden]) h2').firstChild.data")
         assert title == views[shown]["title"] and lit(browser) == row(masks[shown], 2)
     browser.key("b")
-    sides = browser.run("[...document.querySelectorAll('.panel:not([hidden])')].map(panel => [...panel."
-                        "querySelectorAll('button.token')].flatMap((t, i) => t.matches('.open') ? [i] : []))")
+    sides = browser.run("[...document.querySelectorAll('.panel:not([hidden])')].map(panel => "
+                        "[...panel.querySelectorAll('button.token')].flatMap((token, i) => "
+                        "token.matches('.open') ? [i] : []))")
     assert [set(side) for side in sides] == [row(other, 2) for other in masks]
-    assert browser.run("[...document.querySelectorAll('canvas')].every(grid => grid.width === grid.clientWidth)")
+    assert browser.run("[...document.querySelectorAll('canvas')].every(grid => "
+                       "grid.width === grid.clientWidth)")
     assert browser.errors == []
     assert {url.split(":")[0] for url in browser.requests} <= {"file", "data"}
 
@@ -450,14 +519,121 @@ def test_the_grid_says_of_each_cell_why_it_is_open_or_closed(folder, browser):
     path, data = write(folder, "case.html", *CASES["padded batch"])
     load(browser, path)
     for question, views in enumerate(data["views"]):
-        view, names = views[data["start"]], views[data["start"]]["names"]
-        reasons, T = shown_reasons(view), len(names)
-        for q, k in [(0, 0), (5, T - 8), (3, 1), (T - 8, 3), (T - 1, 2), (2, T - 1), (T - 1, T - 1), (T - 4, T - 3)]:
+        view = views[data["start"]]
+        T = len(view["names"])
+        for q, k in [(0, 0), (5, T - 8), (3, 1), (T - 8, 3), (T - 1, 2), (2, T - 1), (T - 1, T - 1),
+                     (T - 4, T - 3)]:
             browser.mouse(*cell(browser, q, k, T))
-            words = data["reasons"][reasons[q, k]]["sentence"].format(q=names[q], k=names[k])
-            assert sentence(browser) == words + "." and marked(browser, "at") == [q]
+            assert sentence(browser) == said(data, view, q, k) + "."
+            assert marked(browser, "at") == [q]
         browser.key("q")
-    assert browser.run("document.querySelector('h1').textContent") == data["questions"][0]
+    assert heading(browser) == data["questions"][0]
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_while_a_token_is_pinned_the_grid_still_says_it_of_the_cell_pointed_at(folder, browser,
+                                                                               turned):
+    path, data = write(folder, "case.html", *CASES["chat"])
+    load(browser, path)
+    view = data["views"][0][data["start"]]
+    T = len(view["names"])
+    browser.mouse(*middle(browser, f"{TOKENS}[7]"), click=True)
+    if turned:
+        browser.key("r")
+    for q, k in [(3, 1), (5, T - 2), (7, 2), (9, 7), (T - 1, 4), (2, 2)]:
+        browser.mouse(*cell(browser, q, k, T))
+        at, other = (k, q) if turned else (q, k)
+        assert sentence(browser) == said(data, view, q, k) + "."
+        assert marked(browser, "at") == [at] and marked(browser, "other") == [other] * (q != k)
+        assert pinned(browser) == [7]
+    browser.mouse(*middle(browser, "document.querySelector('h1')"))
+    assert marked(browser, "at") == [7] and marked(browser, "other") == []
+    browser.mouse(*cell(browser, 9, 4, T), click=True)  # now the cell is pinned
+    browser.mouse(*middle(browser, "document.querySelector('h1')"))
+    assert sentence(browser) == said(data, view, 9, 4) + "."
+    assert pinned(browser) == [4 if turned else 9]
+
+
+@pytest.mark.parametrize("case, scale", [("default model", 3), ("400 tokens", 3),
+                                         ("padded batch", 1)])
+def test_the_cross_hair_leaves_the_row_that_it_marks_to_be_seen(folder, browser, case, scale):
+    path, data = write(folder, "case.html", *CASES[case])
+    load(browser, path, 360, scale=scale)
+    view = data["views"][0][data["start"]]
+    T, q = len(view["names"]), 15
+    browser.mouse(*middle(browser, f"{TOKENS}[{q}]"))
+    width, pixels = browser.run(f"(grid => [grid.width, [...grid.getContext('2d').getImageData("
+                                f"12 * {scale}, 0, 1, grid.height).data]])({CANVAS})")
+    column = [tuple(pixels[i:i + 3]) for i in range(0, len(pixels), 4)]  # a key that q sees
+    start, stop = (round(8 * scale + i * (width - 8 * scale) / T) for i in (q, q + 1))
+    seen, line = STATES[SEEN].color, 2 * scale
+    assert set(column[start:stop]) == {seen}
+    for beside in (column[start - line:start], column[stop:stop + line]):
+        assert set(beside) == {(31, 35, 40)}  # --ink
+    assert set(column[start - 2 * line:start - line]) == {(255, 255, 255)}
+
+
+def touch(browser, x: float, y: float, *moves: tuple[float, float]) -> None:
+    """A finger goes down and, by way of moves, up."""
+    for kind, at in (("touchStart", (x, y)), *(("touchMove", move) for move in moves)):
+        browser.send("Input.dispatchTouchEvent", type=kind, touchPoints=[dict(x=at[0], y=at[1])])
+    browser.send("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
+    browser.run("new Promise(done => setTimeout(done, 100))")
+
+
+def test_a_finger_pins_a_token_then_taps_another_and_can_scroll_over_the_grid(folder, browser):
+    path, data = write(folder, "case.html", *CASES["padded batch"])
+    load(browser, path, 360)
+    browser.send("Emulation.setTouchEmulationEnabled", enabled=True)
+    try:
+        view = data["views"][0][data["start"]]
+        T = len(view["names"])
+        touch(browser, *middle(browser, f"{TOKENS}[5]"))
+        assert marked(browser, "at") == pinned(browser) == [5] and marked(browser, "other") == []
+        touch(browser, *middle(browser, f"{TOKENS}[{T - 6}]"))
+        assert pinned(browser) == [5] and sentence(browser) == said(data, view, 5, T - 6) + "."
+        touch(browser, *middle(browser, f"{TOKENS}[5]"))
+        assert pinned(browser) == [] and marked(browser, "other") == []
+        x, y = cell(browser, T // 2, T // 2, T)
+        touch(browser, x, y, *((x, y - 10 * n) for n in range(1, 12)))
+        assert marked(browser, "at") == [5]
+        touch(browser, *cell(browser, 9, 3, T))  # the control: a tap there is one
+        assert marked(browser, "at") == [9] and marked(browser, "other") == [3]
+    finally:
+        browser.send("Emulation.setTouchEmulationEnabled", enabled=False)
+
+
+def test_a_shorter_question_keeps_a_token_that_can_be_reached(folder, browser):
+    path, views = folder / "case.html", []
+    for last in (11, 7):
+        roles = torch.tensor([IMAGE] * 4 + [PROMPT] * (last - 3))
+        views.append([View("mma", roles, [str(i) for i in range(last + 1)])])
+    path.write_text(make_page(path, views, ["long", "short"], 4, "mma", ""), encoding="utf-8")
+    load(browser, path)
+    for other, last in ((None, 7), (10, 3)):  # the token is not there, or only the second one
+        at = 11 if other is None else 3
+        browser.mouse(*middle(browser, f"{TOKENS}[{at}]"), click=True)
+        if other is not None:
+            browser.mouse(*middle(browser, f"{TOKENS}[{other}]"))
+        assert chosen(browser, "[tabindex='0']") == [at]
+        browser.key("q")
+        assert chosen(browser, "[tabindex='0']") == marked(browser, "at") == [last]
+        assert pinned(browser) == [] and " reads " in sentence(browser)
+        browser.key("q")
+
+
+def test_how_far_a_token_moves_is_said_of_visual_tokens_and_of_no_word(folder, browser):
+    path, data = write(folder, "case.html", *asked("model.pt", "what?", "where is it?"))
+    load(browser, path)
+    shares = data["moved"][data["start"]]["shares"]
+    labels = "[...document.querySelectorAll('.panel:not([hidden]) .moved small')].map(label => " \
+             "label.textContent.split('\\n'))"
+    for i, expected in [(2, [layer[2] for layer in shares]), (5, []),
+                        (0, [layer[0] for layer in shares])]:
+        browser.mouse(*middle(browser, f"{TOKENS}[{i}]"))
+        names, lengths = zip(*browser.run(labels))
+        assert names == ("layer 1", "layer 2")
+        assert [float(length) for length in lengths if length] == expected
 
 
 def test_layers_heads_and_weights_are_python_s(folder, browser):
@@ -475,12 +651,14 @@ def test_layers_heads_and_weights_are_python_s(folder, browser):
                 browser.key((name[0] if value > now else name[0].upper()))
             said = browser.run(f"document.querySelector('#{name} + output').value")
             assert said == str(data[f"{name}s"][value])
-        shown = browser.run(f"{TOKENS}.map(token => [token.dataset.weight, token.style.getPropertyValue('--share')])")
+        shown = browser.run(f"{TOKENS}.map(token => [token.dataset.weight, "
+                            "token.style.getPropertyValue('--share')])")
         expected = weights[layer, head, at]
         for (said, share), weight in zip(shown, expected.tolist()):
             assert float(share) == pytest.approx(weight / float(expected.max()), abs=1e-6)
             if said and said[0] != "<":
-                assert float(said[:-1]) == pytest.approx(100 * weight, abs=0.501 if weight > 0.09 else 0.0501)
+                error = 0.501 if weight > 0.09 else 0.0501
+                assert float(said[:-1]) == pytest.approx(100 * weight, abs=error)
     browser.key("r")
     place = "document.querySelectorAll('.panel:not([hidden]) .likeliest button')[2]"
     browser.mouse(*middle(browser, place), click=True)
@@ -488,16 +666,37 @@ def test_layers_heads_and_weights_are_python_s(folder, browser):
     five = browser.run(f"{place}.textContent")
     assert all(label.strip() in five for label, _ in view["likeliest"][2])
     browser.key("H")
-    browser.run("document.getElementById('layer').value = 0, document.getElementById('layer').oninput()")
-    assert browser.run("document.querySelector('#layer + output').value") == "mean"
-    browser.key("p")  # it plays: the next layer comes by itself
-    assert browser.run("new Promise(done => setTimeout(() => done(document.querySelector('#layer + output').value), "
-                       "1200))") == "1"
+    browser.run("(slider => { slider.value = 0; slider.oninput(); })"
+                "(document.getElementById('layer'))")
+    assert layer_shown(browser) == "mean"
     assert T == len(shown)
 
 
+def layer_shown(browser, after: int = 0) -> str:
+    return browser.run("new Promise(done => setTimeout(() => done("
+                       f"document.querySelector('#layer + output').value), {after}))")
+
+
+def test_it_plays_the_layers_to_their_end_and_stops_where_it_is_stopped(folder, browser):
+    path, data = write(folder, "case.html", *asked("model.pt", "what?"))
+    load(browser, path)
+    plays = "[...document.querySelectorAll('nav button')].at(-1).ariaPressed"
+    browser.run("(slow => { setInterval = (act, pause) => slow(act, pause / 3); })(setInterval)")
+    for key in ("p", "?"):  # the tour stops it, too
+        browser.key("p")
+        assert layer_shown(browser) == "mean" and browser.run(plays) == "true"
+        assert layer_shown(browser, 450) == "1"
+        browser.key(key)
+        assert browser.run(plays) == "false"
+        assert layer_shown(browser) == layer_shown(browser, 400) == "1"
+    browser.key("Escape")
+    browser.key("p")
+    assert layer_shown(browser, 1200) == "mean" and browser.run(plays) == "false"
+
+
 def test_the_page_shows_the_cells_that_it_is_given_whatever_they_are(folder, browser):
-    path, data = write(folder, "case.html", "--ask", "what is it?", "--masks", "mma", "--visual-tokens", "4")
+    path, data = write(folder, "case.html", "--ask", "what is it?", "--masks", "mma",
+                       "--visual-tokens", "4")
     rng, view = random.Random(0), data["views"][0][0]
     T = len(view["labels"])
     given = [[rng.randrange(len(data["reasons"])) for _ in range(T)] for _ in range(T)]
@@ -528,23 +727,53 @@ def test_a_first_visit_is_led_through_and_the_next_is_not(folder, browser):
     assert browser.run(hidden)
     browser.key("?")
     assert not browser.run(hidden)
-    path, data = write(folder, "two.html", "--ask", "where is the largest of them?", "where?", "--masks", "causal,mma")
+    path, data = write(folder, "two.html", "--ask", "where is the largest of them?", "where?",
+                       "--masks", "causal,mma")
     load(browser, path)
     browser.key("q")  # it is led through the first question
     browser.key("?")
     for stop in data["tour"]:
-        assert marked(browser, "at") == [stop["at"], stop["at"] + len(data["views"][0][0]["labels"])][:1 + stop["both"]]
+        places = [stop["at"], stop["at"] + len(data["views"][0][0]["labels"])]
+        assert marked(browser, "at") == places[:1 + stop["both"]]
         browser.run("document.getElementById('next').click()")
-    assert browser.errors == [] and browser.run("document.querySelector('h1').textContent") == data["questions"][0]
+    assert browser.errors == [] and heading(browser) == data["questions"][0]
+
+
+def test_a_tour_that_is_left_leaves_nothing_behind_but_what_the_visitor_pinned(folder, browser):
+    path, data = write(folder, "case.html", *CASES["default model"])
+    pressed = "[...document.querySelectorAll('nav [aria-pressed=true]')].map(b => b.textContent)"
+    following = "document.getElementById('next').click()"
+    load(browser, path)
+    plain = browser.run(pressed)
+    for stops in range(1, 5):
+        browser.key("?")
+        for _ in range(stops - 1):
+            browser.run(following)
+        assert (browser.run(pressed) == plain) == (stops == 1)
+        browser.key("Escape")
+        assert browser.run(pressed) == plain and pinned(browser) == []
+    browser.mouse(*middle(browser, f"{TOKENS}[20]"), click=True)
+    browser.key("?")
+    assert pinned(browser) == []
+    browser.run(following)
+    browser.key("Escape")  # it was pinned before
+    assert pinned(browser) == marked(browser, "at") == [20]
+    browser.key("Escape")
+    browser.key("?")
+    browser.mouse(*middle(browser, f"{TOKENS}[25]"), click=True)
+    browser.run("document.querySelector('aside').lastElementChild.click()")  # and here meanwhile
+    assert pinned(browser) == marked(browser, "at") == [25]
 
 
 def test_text_is_text_and_runs_from_the_right_where_it_is_read_so(folder, browser):
-    path, _ = write(folder, "case.html", "--ask", NASTY, "\u0645\u0627 \u0647\u0648 \u061f", "--masks", "mma")
+    path, _ = write(folder, "case.html", "--ask", NASTY, "\u0645\u0627 \u0647\u0648 \u061f",
+                    "--masks", "mma")
     load(browser, path)
-    assert browser.run("document.querySelector('h1').textContent") == NASTY
+    assert heading(browser) == NASTY
     assert browser.run("document.scripts.length") == 2 and browser.errors == []
     browser.key("q")
-    lefts = browser.run("[...document.querySelectorAll('.prompt .token')].map(t => t.getBoundingClientRect().left)")
+    lefts = browser.run("[...document.querySelectorAll('.prompt .token')].map(token => "
+                        "token.getBoundingClientRect().left)")
     assert lefts == sorted(lefts, reverse=True)
     browser.mouse(*middle(browser, "document.querySelector('.prompt .token')"))
     first = marked(browser, "at")[0]
@@ -552,38 +781,58 @@ def test_text_is_text_and_runs_from_the_right_where_it_is_read_so(folder, browse
     assert marked(browser, "at") == [first + 1]
 
 
-WALK = """(() => {  // where parts of the page stand while one walks through it
-  const press = key => document.body.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true }));
+WALK = """((keys, steps = 9) => {  // where parts of the page stand while one walks through it
+  const press = key =>
+    document.body.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true }));
   const parts = ["nav", ".panel:not([hidden]) .strip", ".panel:not([hidden]) canvas", "#notes"];
   const places = new Set();
-  const look = () => places.add(parts.map(part => {
+  const look = (all = parts) => places.add(all.map(part => {
     const box = document.querySelector(part).getBoundingClientRect();
-    return [box.left, box.top + scrollY, box.width].map(Math.round);
+    return part + [box.left, box.top + scrollY, box.width].map(Math.round);
   }).join());
   const walk = (key, n) => { for (let i = 0; i < n; i++) { press(key); look(); } };
-  for (const key of ["r", "w", "l", "h", "r"]) { press(key); walk("ArrowDown", 9); walk("ArrowUp", 7); }
+  look();
+  for (const key of ["r", "w", "l", "h", "r", "p", "p"]) {
+    press(key);
+    walk("ArrowDown", steps);
+    walk("ArrowUp", steps - 2);
+  }
   document.querySelector(".panel:not([hidden]) button.token").click();
-  walk("ArrowDown", 16);
+  walk("ArrowDown", 2 * steps);
   press("Escape");
-  return [...places];
-})()"""
+  const found = [[...places]];
+  for (const key of keys) {  // what they show has another length
+    places.clear();
+    for (let i = 0; i < 6; i++) { press(key); look(parts.slice(0, 2)); }
+    found.push([...places]);
+  }
+  return found;
+})"""
 
 
-@pytest.mark.parametrize("argv", [asked("nano.pt", "what is left of it?", "where?"), ["--ask", "<image> or <image>?"]],
-                         ids=["two questions", "four masks"])
+@pytest.mark.parametrize("argv", [
+    asked("nano.pt", "what is left of it, and what is above it on the right?", "where?"),
+    ["--ask", "<image> or <image>?", "--masks", "causal,mma,prefix,image,leaky"]],
+    ids=["two questions", "five masks"])
 @pytest.mark.parametrize("width", WIDTHS)
 def test_nothing_jumps_or_sticks_out(folder, browser, width, argv):
     path, _ = write(folder, "case.html", *argv)
     load(browser, path, width)
-    for way in ("alone", "both"):
-        places = browser.run(WALK)
-        assert len(places) == 1, (way, places)
+    for keys in (["m", "q"], ["q"]):  # m shows one mask alone
+        for places in browser.run(f"{WALK}({keys})"):
+            assert len(places) == 1, (keys, places)
         assert browser.run("document.documentElement.scrollWidth") == width
         browser.key("b")
-    browser.key("b")
-    browser.run("document.head.append(Object.assign(document.createElement('style'), "
-                "{ textContent: '.sentence { min-height: 0 !important }' }))")
-    assert len(browser.run(WALK)) > 1 or width == 1400  # the control; a wide line holds each
+    browser.run("document.head.append(document.createElement('style'))")
+    controls = [".sentence { min-height: 0 !important; width: 8rem; }"]  # by steps, and by a key
+    if "where?" in argv:
+        controls.append("h1 { width: 8rem; } h1 :not(.asked) { display: none; }")
+    else:
+        controls.append("h2 small { min-height: 0 !important; width: 8rem; }")
+    for n, rule in enumerate(controls):
+        browser.run(f"document.head.lastChild.textContent = '{rule}'")
+        steps, *turns = browser.run(f"{WALK}(['m', 'q'], 3)")
+        assert max(len(places) for places in (turns if n else [steps])) > 1, rule
     assert browser.errors == []
 
 
@@ -599,8 +848,111 @@ def test_everything_has_a_name_and_focus_can_be_seen(folder, browser):
     assert browser.run("getComputedStyle(document.activeElement).outlineStyle") != "none"
 
 
-def test_it_prints(folder, browser):
+def test_what_is_read_is_said_to_who_sees_no_light(folder, browser):
+    path, data = write(folder, "case.html", *CASES["default model"])
+    load(browser, path)
+    view = data["views"][0][data["start"]]
+    weights, T = shown_weights(data, view)[0][0, 0], len(view["names"])
+    mask = make_mask(view["mask"], roles_of(view)[None])[0]
+
+    def names() -> list[str]:
+        nodes = browser.send("Accessibility.getFullAXTree")["nodes"]
+        found = [node["name"]["value"] for node in nodes
+                 if not node.get("ignored") and node["role"]["value"] == "button"]
+        start = next(n for n, name in enumerate(found) if name.startswith("visual token 1,"))
+        return found[start:start + T]
+
+    for key, i, state in (("", 20, "read"), ("r", T - 9, "reading it")):
+        browser.key(key or "Escape")
+        browser.mouse(*middle(browser, f"{TOKENS}[{i}]"))
+        opened, parts = (mask.T[i], weights.T[i]) if key else (mask[i], weights[i])
+        for name, said, is_open, weight in zip(view["names"], names(), opened, parts.tolist()):
+            if is_open:
+                start, _, share = said.rpartition(", ")
+                assert start == f"{name}, {state}"
+                assert float(share[:-1]) == pytest.approx(100 * weight, abs=0.0501)
+            else:
+                assert said == f"{name}, not {state}"
+        assert 0 < opened.sum() < T
+
+
+def contrast(*colors) -> float:
+    """Of two colours, as WCAG has it."""
+    lights = []
+    for color in colors:
+        linear = [c / 3294.6 if c <= 10 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in color]
+        lights.append(0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2] + 0.05)
+    return max(lights) / min(lights)
+
+
+def channels(color: str) -> list[float]:
+    if color.startswith("#"):
+        return [int(color[i:i + 2], 16) for i in (1, 3, 5)]
+    return [float(part) for part in re.findall(r"[\d.]+", color)]
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_weights_can_be_read_where_they_are_largest(folder, browser, dark):
+    path, _ = write(folder, "case.html", *CASES["default model"])
+    load(browser, path, dark=dark)
+    style = f"(name => getComputedStyle({TOKENS}[3], '::after')[name])"
+    *plate, alpha = channels(browser.run(f"{style}('backgroundColor')"))
+    over_white = [alpha * c + (1 - alpha) * 255 for c in plate]
+    assert contrast(channels(browser.run(f"{style}('color')")), over_white) > 4.5
+    value = "getComputedStyle(document.documentElement).getPropertyValue"
+    ink, light = (channels(browser.run(f"{value}('--{name}')")) for name in ("ink", "light"))
+    assert contrast(ink, light) > 4.5
+    assert contrast((255, 255, 255), (200, 190, 170)) < 4.5  # the control: a pale tile
+
+
+def test_it_prints_in_light_colours_from_a_dark_screen(folder, browser):
     path, _ = write(folder, "case.html", *CASES["default model"])
     load(browser, path, dark=True)
     printed = base64.b64decode(browser.send("Page.printToPDF", printBackground=False)["data"])
     assert printed.startswith(b"%PDF") and 1 <= len(re.findall(rb"/Type\s*/Page\b", printed)) <= 4
+    fills = set()
+    for stream in re.findall(rb"/FlateDecode.*?stream\r?\n(.*?)endstream", printed, re.DOTALL):
+        text = zlib.decompressobj().decompress(stream)
+        fills |= set(re.findall(rb"([.\d]+ [.\d]+ [.\d]+) rg\b", text))
+    fills = {tuple(round(255 * float(c)) for c in fill.split()) for fill in fills}
+    styles = TEMPLATE.read_text(encoding="utf-8").split("@media", 2)
+    for name in ("paper", "blocked"):  # the page, and the grid's cells
+        light, dark = (tuple(map(int, channels(re.search(rf"--{name}: ([^;]*);", part)[1])))
+                       for part in styles[:2])
+        assert light in fills and dark not in fills
+    scheme = {"name": "prefers-color-scheme", "value": "dark"}
+    corner = "(grid => [...grid.getContext('2d').getImageData(grid.width - 5, 30, 1, 1).data])" \
+             f"({CANVAS}).slice(0, 3)"
+    for medium, color in (("print", light), ("screen", dark)):  # where nothing else has it redrawn
+        browser.send("Emulation.setEmulatedMedia", media=medium, features=[scheme])
+        browser.run("new Promise(done => setTimeout(done, 100))")
+        assert tuple(browser.run(corner)) == color
+    browser.send("Emulation.setEmulatedMedia", media="")
+
+
+def test_what_a_token_without_letters_is_shows(folder, browser):
+    path, data = write(folder, "case.html", *asked("model.pt", "a\n b"))
+    load(browser, path)
+    shown = browser.run(f"{TOKENS}.map(token => token.textContent)")
+    assert shown[4:8] == ["a", "\u21b5", "\u2423", "b"]
+    assert data["views"][0][0]["names"][4:8] == ["a", "a line break", "a space", "b"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a browser's pipe needs descriptors 3 and 4")
+def test_a_browser_that_hangs_is_given_up(tmp_path, monkeypatch):
+    import browser
+    hanging = tmp_path / "chromium"
+    hanging.write_text("#!/bin/sh\nexec sleep 60\n")
+    hanging.chmod(0o755)
+    monkeypatch.setattr(browser, "PATIENCE", 0.2)
+    with pytest.raises(RuntimeError, match="has said nothing for 0.2 seconds"):
+        browser.Browser(str(hanging))
+
+
+def test_a_redraw_is_timed_of_a_page_only(browser, tmp_path):
+    from bench import bench_page
+    (tmp_path / "other.html").write_text("<p>no page of ours")
+    for path, words in ((Path("/nope.html"), "no such file"),
+                        (tmp_path / "other.html", "no tokens in it")):
+        with pytest.raises(SystemExit, match=words):
+            bench_page(path)
