@@ -174,8 +174,9 @@ def test_what_the_tour_says_is_true(folder, masks):
 
 def test_a_page_opens_with_a_word_that_visual_tokens_read_or_with_what_the_answer_is_made_of(
         folder):
-    for question, word in [("is the triangle left?", "triangle"), ("triangle <image> where", "where"),
-                           ("the triangle <image>", "triangle"), ("<image> a", "a")]:
+    for question, word in [("is the triangle left?", "triangle"), ("<image> a", "a"),
+                           ("triangle <image> where", "where"),
+                           ("the triangle <image>", "triangle")]:
         for masks in ("mma", "causal,mma"):
             _, data = write(folder, "a.html", "--ask", question, "--masks", masks)
             opening, labels = data["tour"][0], data["views"][0][0]["labels"]
@@ -305,7 +306,8 @@ def test_movement_on_the_page_is_python_s_and_exactly_0_under_causal(folder, mod
     for mask, moved in zip(data["masks"], data["moved"]):
         expected = movement(model, [picture], two, mask)
         assert torch.allclose(torch.tensor(moved["shares"]), expected, rtol=0.05)
-        digits = [str(share).strip("0.").replace(".", "") for part in moved["shares"] for share in part]
+        digits = [str(share).strip("0.").replace(".", "")
+                  for part in moved["shares"] for share in part]
         assert max(map(len, digits)) <= 2
         assert ("exactly 0" in moved["title"]) == (mask == "causal") == bool((expected == 0).all())
     assert write(folder, "a.html", *asked("model.pt", "what?"))[1]["moved"] == []

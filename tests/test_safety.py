@@ -607,8 +607,8 @@ def test_bfloat16_is_autocast_and_trains_about_as_float32_does(tiny, tmp_path):
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such pipe")
 @pytest.mark.parametrize("words", [3, 300])  # it is full at the end of the script, and before
 def test_who_reads_no_more_ends_a_script_quietly(words):
-    run = subprocess.Popen([sys.executable, "draw.py", "--ask", "a " * words, "--out", "-"], cwd=ROOT,
-                           env=os.environ | {"COLUMNS": "2000"}, stdout=subprocess.PIPE,
-                           stderr=subprocess.PIPE)
+    run = subprocess.Popen([sys.executable, "draw.py", "--ask", "a " * words, "--out", "-"],
+                           cwd=ROOT, env=os.environ | {"COLUMNS": "2000"},
+                           stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     run.stdout.close()
     assert run.stderr.read() == b"" and run.wait() == 1
