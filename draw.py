@@ -25,9 +25,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from engine.attention import WORD, attention_maps, movement, token_labels
+from engine.attention import (CHARACTER, WORD, attention_maps, movement, split_tokens,
+                              token_labels)
 from engine.cells import PADDING, SEGMENTS, STATES, mask_states, runs
-from engine.flags import Parser, fail, run_script
+from engine.flags import Parser, check_asked, one_line, run_script
 from engine.folder import write_whole
 from engine.fonts import LINE, text
 from engine.page import make_page
@@ -46,6 +47,7 @@ MOST = 6                    # pictures in a row
 EDGE = 18                   # columns before a mask's rows
 
 TEXT_BEFORE = "text stands before a picture here: that alone moves its tokens"
+PARTS = "A letter outside the vocabulary is several tokens: 1/2 is the first of two."
 
 
 def word_batch(questions: list[str], answers: list[str | None], visual_tokens: int,
@@ -71,15 +73,21 @@ def cell_side(T: int) -> int:
     return min(CELL[1], max(CELL[0], SIDE // T))
 
 
-def place_labels(labels: list[str], roles: list[int], cell: int) -> list[tuple[int, str]]:
-    """(y, label) down the rows: a run of image or padding once, others where there is room."""
-    wanted, fitting, free = [], [], 0
+def list_labels(labels: list[str], roles: list[int]) -> list[tuple[float, str]]:
+    """(middle, label) down the rows: a run of image or padding once."""
+    wanted = []
     for start, stop in runs(roles):
         if roles[start] in (IMAGE, PAD) and stop - start > 1:
             wanted.append(((start + stop) / 2, f"{labels[start]} x {stop - start}"))
         else:
             wanted += [(i + 0.5, labels[i]) for i in range(start, stop)]
-    for middle, label in wanted:
+    return wanted
+
+
+def place_labels(labels: list[str], roles: list[int], cell: int) -> list[tuple[int, str]]:
+    """(y, label) of those of list_labels for which there is room."""
+    fitting, free = [], 0
+    for middle, label in list_labels(labels, roles):
         y = max(0, min(round(middle * cell - LINE / 2), len(roles) * cell - LINE))
         if y >= free:
             fitting.append((y, label))
@@ -138,6 +146,10 @@ def draw_mask(roles: Tensor, labels: list, masks: list[str]) -> Image.Image:
     segments = [SEGMENTS[kind] for kind in (IMAGE, PROMPT, ANSWER) if (roles == kind).any()]
     notes = [text("rows: queries; columns: keys", "gray"),
              legend(states, room), legend(segments, room)]
+    left_out = sum(len(list_labels(row, kinds)) - len(place_labels(row, kinds, cell_side(T)))
+                   for row, kinds in zip(labels, roles.tolist()))
+    if left_out:
+        notes.append(text(f"no room for {left_out} of the labels", "gray"))
     return frame(join([*sheet, join(notes, down=True, gap=2)], down=True, gap=GAP))
 
 
@@ -243,7 +255,7 @@ def check_parts(config, layers: list[int] | None, head: int | None) -> None:
         asked.append(("head", head, config.n_head))
     for name, value, most in asked:
         if not 1 <= value <= most:
-            raise ValueError(f"{name} must be 1 to {most}, as the model has, not {value}")
+            raise ValueError(f"--{name} must be 1 to {most}, as the model has, not {value}")
 
 
 def most_read(title: str, names: list[str], rows: dict[str, Tensor]):
@@ -291,20 +303,22 @@ def draw_attention(model: NanoAKI, pictures: list, questions: list[str], mask: s
                 sheet.append(map_rows(shown[0], square, *shown[1:], alone))
     if len(questions) == 2:
         moved = movement(model, pictures, questions, mask, history, system)[-1:].split(V, -1)
-        sheet += [map_rows("how far visual tokens move from one question to the other, in lengths "
-                           "of their state", square, [""], {"last layer": part})
+        sheet += [map_rows("how far each visual token's state, a vector, moves when the question "
+                           "changes, in its lengths", square, [""], {"last layer": part})
                   for square, part in zip(squares, moved)]
         if text_before:
             sheet.append(text(TEXT_BEFORE))
     heads = "mean of all heads" if head is None else f"head {head}"
     sheet.append(text(f"attention weights under mask {mask or c.mask}, {heads}: what is read, not "
                       f"an explanation of the answer", "gray"))
+    if mask not in (None, c.mask):
+        sheet.append(text(f"the model was trained under {c.mask}, not under {mask}", "gray"))
     return frame(join(sheet, down=True, gap=GAP))
 
 
 def page_of_model(args, masks: list[str], model: NanoAKI, history: list, system: str) -> str:
     """The page of what a model does with one question or two under each mask."""
-    c, tokenizer, views, text_before = model.config, model.tokenizer, [], False
+    c, tokenizer, views, text_before, has_parts = model.config, model.tokenizer, [], False, False
     check_parts(c, args.layer, args.head)
     for question in args.ask:
         views.append([])
@@ -314,10 +328,15 @@ def page_of_model(args, masks: list[str], model: NanoAKI, history: list, system:
             for chances, ids in zip(most.values.tolist(), most.indices.tolist()):
                 names = [token_labels(tokenizer, [i])[0] for i in ids]
                 likeliest.append(list(zip(names, map(short, chances))))
-            labels = token_labels(tokenizer, maps.ids[:len(maps.roles)])
-            views[-1].append(View(mask, maps.roles, labels, maps.weights, likeliest))
+            ids = maps.ids[:len(maps.roles)]
+            views[-1].append(View(mask, maps.roles, token_labels(tokenizer, ids), maps.weights,
+                                  likeliest, mask == c.mask))
             text_before = text_before or has_text_before(maps.roles)
+            has_parts = has_parts or any(len(some) > 1 for some, _ in
+                                         split_tokens(tokenizer, ids, CHARACTER))
     moved, notes = [], ["Attention weights are what is read, not an explanation of the answer."]
+    if has_parts:
+        notes.append(PARTS)
     if len(args.ask) == 2:
         moved = [movement(model, args.image, args.ask, mask, history, system)
                  for mask in masks]
@@ -347,6 +366,7 @@ def pairs(texts: list[str] | None) -> list[tuple[str, str]]:
 
 def check(args) -> None:
     """Raise ValueError where flags do not fit."""
+    check_asked(args.ask)
     answers, questions, visual = len(args.answer or [None]), len(args.ask), args.visual_tokens
     masks = [] if args.masks is None else args.masks.split(",")
     for name in masks:
@@ -363,12 +383,17 @@ def check(args) -> None:
     if len(args.history or []) % 2:
         raise ValueError(f"--history: {len(args.history)} texts, not pairs of question and answer")
     if args.model is not None:
-        useless = args.answer or visual is not None
         several = len(masks) > 1 and not is_page(args.out)
-        if not args.image or useless or several or questions > 2 or args.out == "-":
-            raise ValueError("--model needs --image, one or two questions to --ask, at most one of "
-                             "--masks (but for a page, .html), a file as --out; no --answer, "
-                             "--visual-tokens")
+        for is_wrong, message in (
+                (args.answer, "--answer: a model gives its own"),
+                (visual is not None, "--visual-tokens: a model has its own number"),
+                (not args.image, "--model needs --image: what it is asked about"),
+                (questions > 2, f"--ask: a model takes one or two questions, not {questions}"),
+                (args.out == "-", "--out -: with --model it must be a file, .png or .html"),
+                (several, f"--masks: a picture shows one of a model, not {len(masks)}; a page "
+                          f"(.html) shows all")):
+            if is_wrong:
+                raise ValueError(message)
         return
     for name in ("image", "layer", "head"):
         if getattr(args, name) is not None:
@@ -398,19 +423,25 @@ def make_parser() -> Parser:
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--ask", nargs="+", required=True, metavar="QUESTION",
-        help="questions; <image> stands for a picture, without it one comes first")
-    add("--answer", nargs="+", metavar="TEXT", help="an answer after each question (default: none)")
+        help="questions, with --model one or two; <image> stands for a picture, without it one "
+             "comes first")
+    add("--answer", nargs="+", metavar="TEXT",
+        help="what stands after the question: one for all, or one for each (default: nothing; a "
+             "model gives its own)")
     add("--system", metavar="TEXT", help="text that stands before all questions")
     add("--history", nargs="+", metavar="TEXT",
         help="what was said before, questions and answers in turn: Q A [Q A ...]")
-    add("--visual-tokens", type=int, help="of a picture (default 16)")
+    add("--visual-tokens", type=int, help="of a picture (default 16; a model has its own)")
     add("--masks", metavar="NAMES", help=f"of {', '.join(MASKS)}, with commas (default: all but "
         "leaky; with --model its own, and on a page causal or mma beside it)")
-    add("--out", required=True, metavar="FILE", help="picture, or page (.html); - is the terminal")
+    add("--out", required=True, metavar="FILE",
+        help="picture, or page (.html); - is the terminal, without --model")
     add("--model", metavar="FILE", help="checkpoint whose attention to draw")
-    add("--image", nargs="+", metavar="FILE", help="the pictures that it is asked")
-    add("--layer", type=int, nargs="+", help="from 1 (default: their mean; on a page all, too)")
-    add("--head", type=int, help="from 1 (default: their mean; on a page all, too)")
+    add("--image", nargs="+", metavar="FILE", help="the pictures that it is asked about")
+    add("--layer", type=int, nargs="+", metavar="N",
+        help="only these layers, the first is 1 (default: the mean of all; on a page each, too)")
+    add("--head", type=int, metavar="N",
+        help="only this head, the first is 1 (default: the mean of all; on a page each, too)")
     return parser
 
 
@@ -428,7 +459,7 @@ def choose_masks(args, model: NanoAKI | None) -> list[str]:
 
 def main(argv: list[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
-    try:
+    with one_line():
         check(args)
         model = NanoAKI.load(args.model) if args.model is not None else None
         masks = choose_masks(args, model)
@@ -456,8 +487,6 @@ def main(argv: list[str] | None = None) -> None:
                                    history, system)
         save(args.out, sheet)
         print(f"{args.out}: {sheet.width} x {sheet.height} pixels")
-    except (ValueError, OSError) as e:
-        fail(e)
 
 
 if __name__ == "__main__":

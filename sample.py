@@ -22,7 +22,7 @@ from data import shapes
 from data.llava import Examples, read_split
 from engine.device import autocast, choose_device
 from engine.evaluation import report
-from engine.flags import Parser, flag, one_line, run_script
+from engine.flags import Parser, check_asked, flag, one_line, run_script
 from engine.folder import write_whole
 from nanoaki import MASKS, NanoAKI, fit_picture
 
@@ -137,8 +137,7 @@ def check(args) -> None:
                                ("seed", args.seed, 0)):
         if value is not None and not least <= value < 2 ** 62:
             raise ValueError(f"--{name} must be at least {least}, not {value}")
-    if not args.image and any(not question.strip() for question in args.ask or []):
-        raise ValueError("--ask: a question is empty, and there is no picture")
+    check_asked(args.ask or [])
     if len(args.history or []) % 2:
         raise ValueError(f"--history: {len(args.history)} texts, not pairs of question and answer")
     if args.chat and args.ask:

@@ -14,6 +14,7 @@ from nanoaki import ANSWER, IMAGE, PROMPT, NanoAKI, Tokenizer
 CJK = r"\u3001-\u312f\u31a0-\u9fff\uf900-\ufaff\uff00-\uff9f\U00020000-\U0003ffff"
 WORD = re.compile(rf"\s*(?:[{CJK}][\u3099\u309a\ufe00-\ufe0f]*|[^\s{CJK}]+)")
 CHARACTER = r"(?s).|\Z"  # the end has no text
+MARKS = {Tokenizer.answer: "<answer>", Tokenizer.eos: "<eos>"}  # tokens without text
 
 
 class Recorder(TorchFunctionMode):
@@ -37,7 +38,7 @@ class Recorder(TorchFunctionMode):
 
 class Attention(NamedTuple):
     answer: str
-    words: list[str]  # of the question, <answer> last
+    words: list[str]  # of the prompt, <answer> last
     tokens: list[str]  # of the answer, joined to characters; <eos> where the model has ended
     looks: Tensor     # (layers, heads, tokens, visual tokens): what each was predicted from; mean
     reads: Tensor     # (layers, heads, words, visual tokens): how much each visual token reads it
@@ -63,19 +64,26 @@ def split_tokens(tokenizer: Tokenizer, ids: list[int], pattern, start: int = 0):
 
 
 def prompt_words(tokenizer: Tokenizer, ids: list[int], roles: list[int]):
-    """(positions, text) of each WORD of a prompt; a picture parts words, and <answer> is one."""
-    words = [(some, word.strip()) for start, stop in runs(roles[:-1]) if roles[start] == PROMPT
-             for some, word in split_tokens(tokenizer, ids[start:stop], WORD, start)]
-    return words + [([len(ids) - 1], "<answer>")]
+    """(positions, text) of each WORD of a prompt, parted by pictures and marks; a mark is one."""
+    marks = [MARKS.get(i) for i in ids]
+    words = []
+    for start, stop in runs(list(zip(roles, marks))):
+        if marks[start] is not None:
+            words.append(([start], marks[start]))
+        elif roles[start] == PROMPT:
+            words += [(some, word.strip())
+                      for some, word in split_tokens(tokenizer, ids[start:stop], WORD, start)]
+    return words
 
 
 def token_labels(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
     """What each token is called: its text, or, of a character's parts, which part it is."""
-    special, labels = {tokenizer.answer: " <answer>", tokenizer.eos: " <eos>"}, []
+    labels = []
     for some, text in split_tokens(tokenizer, ids, CHARACTER):
         for n, i in enumerate(some, 1):
             part = f" {n}/{len(some)}" if len(some) > 1 else ""
-            labels.append(special.get(ids[i], (text or f"<{ids[i]}>") + part))
+            mark = MARKS.get(ids[i])
+            labels.append((text or f"<{ids[i]}>") + part if mark is None else f" {mark}")
     return labels
 
 

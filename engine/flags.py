@@ -25,6 +25,8 @@ def one_line():
     """Within, what is wrong with a user's input or machine ends the program with one line."""
     try:
         yield
+    except BrokenPipeError:  # is run_script's
+        raise
     except (ValueError, OSError, FloatingPointError, OverflowError) as e:
         fail(e)
     except MemoryError as e:
@@ -37,13 +39,20 @@ def one_line():
 
 
 def run_script(main) -> None:
-    """A script's main, on a console that may not know every character; Ctrl-C ends it quietly."""
+    """A script's main, on a console that may not know every character.
+
+    Ctrl-C ends it quietly, and so does a reader that has enough, as head does.
+    """
     sys.stdout.reconfigure(errors="replace")
     try:
         main()
+        sys.stdout.flush()
     except KeyboardInterrupt:
         print("stopped; what was saved is whole", file=sys.stderr)
         raise SystemExit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the end
+        raise SystemExit(1)
 
 
 class Parser(argparse.ArgumentParser):
@@ -77,6 +86,13 @@ class Parser(argparse.ArgumentParser):
             how = {"action": "store_true"} if f.default is False else {"type": type(f.default)}
             about = helps.get(f.name, f"{f.metadata['help']} (default {f.default!r})")
             group.add_argument(flag(f.name), **how, default=argparse.SUPPRESS, help=about)
+
+
+def check_asked(questions: list[str]) -> None:
+    """Raise ValueError where one says nothing, not even that there is a picture."""
+    for n, question in enumerate(questions, 1):
+        if not question.strip():
+            raise ValueError(f'--ask: question {n} is empty; "<image>" is a picture and no word')
 
 
 def flag(name: str) -> str:

@@ -2,20 +2,21 @@
 import base64
 import io
 import json
-import math
 from pathlib import Path
 
 from PIL import Image
 from torch import Tensor
 
+from engine.attention import MARKS
 from engine.cells import RULES, STATE_OF, UNLOCKED, mask_reasons
-from engine.views import View, pack_legend, pack_movement, pack_reasons, pack_view
+from engine.views import View, grid_side, pack_legend, pack_movement, pack_reasons, pack_view
 from nanoaki import IMAGE, PROMPT, make_mask
 
 TEMPLATE = Path(__file__).parent.parent / "assets/page.html"
 PLACE = "{{data}}"   # in the template, once
 LARGEST = 5_000_000  # bytes of a page
 LONGEST = 5_000      # tokens of a sequence in it
+MARK = "The answer begins after the mark <answer>."
 ERROR = ("A weight is shown as one of 255 parts of the largest in its row, so it is off by at most "
          "0.2% of that one.")
 
@@ -26,32 +27,45 @@ def as_url(picture: Image.Image) -> str:
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
-def make_tour(views: list[View], start: int) -> list[dict]:
-    """Four sentences, and what is to be seen meanwhile: which token, who reads whom, a second one.
+def choose_word(view: View) -> int:
+    """The longest word of a prompt, if it can be one that stands after a picture and is no mark."""
+    prompt = (view.roles == PROMPT).nonzero()[:, 0].tolist()
+    labels, first = [label.strip() for label in view.labels], view.roles.tolist().index(IMAGE)
+    words = [i for i in prompt if labels[i] not in MARKS.values()]
+    return max(words or prompt, key=lambda i: (i > first, len(labels[i]), i))
 
-    views are those of one question under each mask; two masks are compared side by side.
+
+def make_tour(views: list[View], start: int) -> list[dict]:
+    """How a page opens, and four sentences with what is to be seen meanwhile.
+
+    Each is which token, and a second one; whether it is turned to who reads it; what is scrolled
+    to. views are those of one question under each mask.
     """
     roles, masks = views[start].roles, [view.mask for view in views]
-    prompt = (roles == PROMPT).nonzero()[:, 0].tolist()
     images = (roles == IMAGE).nonzero()[:, 0].tolist()
-    last, visual, both = prompt[-1], images[len(images) // 2], len(views) == 2
-    word = max(prompt[:-1] or prompt, key=lambda i: len(views[start].labels[i]))
-    told = masks if both else [masks[start]]
+    last, visual = int((roles == PROMPT).nonzero()[-1]), images[len(images) // 2]
+    word = choose_word(views[start])
+    told = masks if len(masks) == 2 else [masks[start]]
     rules = "; ".join(f"under {mask} {RULES[mask]}" for mask in told)
     if any((STATE_OF[mask_reasons(mask, roles)] == UNLOCKED).any() for mask in told):
         rules += ": the orange cells of the grid"
-    readers = [f"{int(make_mask(mask, roles[None])[0, images, word].sum())} under {mask}"
-               for mask in masks]
-    return [
-        {"at": last, "both": False, "say": "This is one sequence, from the picture to the answer: "
-         "point at any part of it, tap it, or walk with the arrow keys, and what it reads lights "
-         "up."},
-        {"at": visual, "both": both, "say": rules[0].upper() + rules[1:] + "."},
-        {"at": word, "both": both, "turned": True, "say": "Press r, or 'who reads it', and you see "
-         f"who reads this word: of {len(images)} visual tokens {', '.join(readers)}."},
-        {"at": visual, "both": both, "other": word, "say": "Click or tap a token to pin it, then "
-         "point at another or tap it, or a cell of the grid: a sentence says why it is open or "
-         "closed, until you click the pinned one again."}]
+    readers = [int(make_mask(mask, roles[None])[0, images, word].sum()) for mask in masks]
+    counts = ", ".join(f"{count} under {mask}" for count, mask in zip(readers, masks))
+    plain = {"other": None, "pin": None, "turned": False, "see": ".picture"}
+    opening = {"at": last, "say": ""}
+    if any(readers):
+        opening |= {"at": word, "turned": True}
+    return [plain | stop for stop in (
+        opening,
+        {"at": last, "say": "This is one sequence, from the picture to the answer, which begins "
+         "after the mark <answer>: point at any part of it, tap it, or walk with the arrow keys, "
+         "and what it reads lights up."},
+        {"at": visual, "see": "canvas", "say": rules[0].upper() + rules[1:] + "."},
+        {"at": word, "turned": True, "say": f"This is 'who reads it' (r): of {len(images)} visual "
+         f"tokens, {counts} read this word."},
+        {"at": visual, "other": word, "pin": {"at": visual, "other": word}, "see": ".sentence",
+         "say": "Click or tap a token to pin it, then point at another or tap it, or a cell of the "
+         "grid: a sentence says why it is open or closed, until you click the pinned one again."})]
 
 
 def make_page(path, views: list[list[View]], questions: list[str], V: int, own: str, about: str,
@@ -70,10 +84,10 @@ def make_page(path, views: list[list[View]], questions: list[str], V: int, own: 
     masks, weights = [view.mask for view in views[0]], views[0][0].weights
     start = masks.index(own) if own in masks else 0
     data = {"about": about, "questions": questions, "masks": masks, "start": start,
-            "visual": V, "side": math.isqrt(V - 1) + 1, "pictures": [as_url(s) for s in squares],
+            "visual": V, "side": grid_side(V), "pictures": [as_url(s) for s in squares],
             "reasons": pack_reasons(), "legend": pack_legend(views),
             "moved": [pack_movement(shares) for shares in moved],
-            "tour": make_tour(views[0], start), "notes": list(notes)}
+            "tour": make_tour(views[0], start), "notes": [MARK, *notes]}
     if weights is not None:
         data["layers"] = layers or ["mean", *range(1, len(weights) + 1)]
         data["heads"] = [head] if head else ["mean", *range(1, weights.shape[1] + 1)]

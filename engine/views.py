@@ -1,5 +1,6 @@
 """What a page shows of a sequence under a mask: each of its cells, weights and names, as JSON."""
 import base64
+import math
 from typing import NamedTuple
 
 import torch
@@ -18,11 +19,17 @@ class View(NamedTuple):
     labels: list[str]               # of T tokens; a space begins a word
     weights: Tensor | None = None   # (layers, heads, T, T): all that the model has
     likeliest: list = []            # for each generated token: [(label, probability), ...]
+    trained: bool = True            # whether the model was trained under this mask
 
 
-def short(number: float) -> float:
-    """Four digits of it."""
-    return float(f"{number:.4g}")
+def short(number: float, digits: int = 4) -> float:
+    """So many digits of it."""
+    return float(f"{number:.{digits}g}")
+
+
+def grid_side(V: int) -> int:
+    """Columns of the grid over a picture with V visual tokens."""
+    return math.isqrt(V - 1) + 1
 
 
 def token_names(roles: list[int], labels: list[str], V: int) -> list[str]:
@@ -38,6 +45,19 @@ def token_names(roles: list[int], labels: list[str], V: int) -> list[str]:
         else:
             names.append(label.strip() or ("a line break" if "\n" in label else "a space"))
     return names
+
+
+def token_places(roles: list[int], V: int) -> list[str]:
+    """Where in its picture each visual token stands; of other tokens nothing."""
+    places, seen, side = [], 0, grid_side(V)
+    for role in roles:
+        if role == IMAGE:
+            row, column = divmod(seen % V, side)
+            places.append(f" (row {row + 1}, column {column + 1})")
+            seen += 1
+        else:
+            places.append("")
+    return places
 
 
 def segments(roles: list[int], V: int) -> list[dict]:
@@ -101,8 +121,10 @@ def pack_view(view: View, V: int, layers: list[int] | None, head: int | None,
               average: bool) -> dict:
     """All that a page shows of a view; see choose_planes."""
     roles, (_, title) = view.roles.tolist(), mask_states(view.mask, view.roles)
-    packed = {"mask": view.mask, "title": title, "rule": RULES[view.mask], "labels": view.labels,
-              "names": token_names(roles, view.labels, V), "segments": segments(roles, V),
+    rule = RULES[view.mask] if view.trained else f"not trained so: {RULES[view.mask]}"
+    packed = {"mask": view.mask, "title": title, "rule": rule, "labels": view.labels,
+              "names": token_names(roles, view.labels, V), "places": token_places(roles, V),
+              "segments": segments(roles, V),
               "cells": pack_cells(mask_reasons(view.mask, view.roles)),
               "likeliest": view.likeliest,
               "first": len(roles) - len(view.likeliest)}  # the row that predicts the first of them
@@ -113,7 +135,8 @@ def pack_view(view: View, V: int, layers: list[int] | None, head: int | None,
 
 def pack_movement(moved: Tensor) -> dict:
     """Shares (layers, visual tokens of all pictures); the largest, or 1 if it is 0; and a title."""
-    shares, most = [[short(share) for share in layer] for layer in moved.tolist()], moved.max()
-    far = f"by up to {most:.3g} of its length" if most else "by exactly 0"
+    shares, most = [[short(share, 2) for share in layer] for layer in moved.tolist()], moved.max()
+    far = f"up to {most:.2g} times its length" if most else "exactly 0"
     return {"shares": shares, "most": float(most) or 1.0,
-            "title": f"Each visual token's state moves from one question to the other {far}"}
+            "title": "How far each visual token's state, a vector, moves when the question "
+                     f"changes: {far}"}

@@ -219,9 +219,13 @@ def test_what_makes_no_sense_is_refused_in_one_line_before_anything_is_asked(
 
 
 @in_data_order
-def test_an_empty_question_needs_a_picture(capsys, trained, given):
+def test_a_question_may_be_a_picture_alone_but_not_empty(capsys, trained, given):
     path, examples = trained
-    assert "empty" in refused(capsys, sample.main, "--model", path, "--ask", "")
-    sample.main(["--model", str(path), "--image", str(examples[1].pictures[0]), "--ask", ""])
+    shown = ["--image", str(examples[1].pictures[0])]
+    for more in ([], shown):
+        for empty in ("", " "):
+            line = refused(capsys, sample.main, "--model", path, *more, "--ask", "a", empty)
+            assert "--ask: question 2 is empty" in line
+    sample.main(["--model", str(path), *shown, "--ask", "<image>"])
     (tokens, roles), = given
     assert roles.count(IMAGE) == examples.config.visual_tokens == len(tokens) - 1  # and <answer>

@@ -17,6 +17,7 @@ from helpers import refused
 from nanoaki import ANSWER, IMAGE, MASKS, PAD, PROMPT, Tokenizer, make_mask, mma
 
 SEVEN = torch.tensor([IMAGE] * 3 + [PROMPT] * 2 + [ANSWER] * 2)
+ASKED = ["--model", "MODEL", "--image", "PICTURE", "--ask", "a"]
 SIGNS = {".": BLOCKED, "-": PADDING, "x": SEEN, "o": UNLOCKED, "*": DIAGONAL}
 
 
@@ -215,13 +216,16 @@ def test_the_tokens_of_a_character_are_one_label_and_their_weights_a_mean(pictur
     assert torch.equal(found.looks[:, :, -1], found.weights[:, :, -1, :V])
 
 
-def test_a_question_may_be_empty(model, picture, tmp_path, capsys):
+def test_a_question_may_be_a_picture_alone_but_not_empty(model, picture, tmp_path, capsys):
     model.save(tmp_path / "model.pt")
     picture.save(tmp_path / "p.png")
     for name, more in (("mask.png", []), ("a.png", ["--model", tmp_path / "model.pt", "--image", tmp_path / "p.png"])):
-        draw.main([str(a) for a in ["--ask", "", " ", "--out", tmp_path / name, *more]])
+        draw.main([str(a) for a in ["--ask", "<image>", " <image>", "--out", tmp_path / name, *more]])
         assert (tmp_path / name).exists()
-    draw.main(["--ask", "", "--out", "-", "--visual-tokens", "2", "--masks", "mma"])
+        for empty in ("", " \n"):
+            line = refused(capsys, draw.main, "--ask", "a", empty, "--out", tmp_path / "b.png", *more)
+            assert "--ask: question 2 is empty" in line and not (tmp_path / "b.png").exists()
+    draw.main(["--ask", "<image>", "--out", "-", "--visual-tokens", "2", "--masks", "mma"])
     assert [row.split() for row in capsys.readouterr().out.splitlines()[-3:]] == [
         ["image", "*.o"], ["image", "x*o"], ["<answer>", "xx*"]]
 
@@ -242,6 +246,28 @@ def test_weight_shows_as_light_on_a_picture_that_keeps_its_colours():
     for image in shown:
         assert np.corrcoef(image.ravel(), square.ravel())[0, 1] > 0.95
         assert abs(np.corrcoef(image.ravel(), square[::-1].ravel())[0, 1]) < 0.3  # the control
+
+
+def test_a_still_says_how_many_labels_it_has_no_room_for(monkeypatch):
+    lines, text = [], draw.text
+    monkeypatch.setattr(draw, "text", lambda string, *args, **how: lines.append(string) or text(string, *args, **how))
+    for words in (9, 90):
+        lines.clear()
+        roles, labels = word_batch(["word " * words] * 2, ["red"], 16)
+        draw_mask(roles, labels, ["mma"])
+        shown = sum(label in ("word", "red", "<answer>", "<eos>", "image x 16") for label in lines) // 2  # on two sides
+        said = [f"no room for {2 * (words + 4) - shown} of the labels"] if words == 90 else []
+        assert [line for line in lines if line.startswith("no room")] == said
+
+
+def test_in_a_chat_marks_are_words_of_their_own(model, picture):
+    said = [("what is at the top?", "yellow cross")]
+    found = attention_maps(model, [picture], "and below?", max_new_tokens=1, history=said)
+    assert found.words == [*"what is at the top? <answer> yellow cross <eos> and below? <answer>".split()]
+    place = 4 + len("what is at the top?")  # of the first mark
+    assert torch.equal(found.reads[:, :, 5], found.weights[:, :, :4, place])
+    plain = attention_maps(model, [picture], "what is top?yellow crossand below?", max_new_tokens=1)  # the control
+    assert plain.words == [*"what is top?yellow crossand below? <answer>".split()]
 
 
 def test_the_words_that_are_read_most_are_shown_in_their_order():
@@ -281,9 +307,11 @@ def test_a_still_has_one_row_or_the_layers_that_are_asked(model, picture, monkey
     two = draw_attention(model, [picture], ["what?"], layers=[2, 1])
     assert [line for line in lines if line.startswith("layer")] == ["layer 2", "layer 1"] * 2
     assert "mean of layers" not in lines and two.height > one.height
+    untrained = "the model was trained under mma, not under causal"
+    assert untrained not in lines
     lines.clear()
     draw_attention(model, [picture], ["what?"], "causal")
-    assert "no visual token reads a word of the question" in lines
+    assert "no visual token reads a word of the question" in lines and untrained in lines
 
 
 @pytest.mark.parametrize("order, question, said", [
@@ -332,10 +360,15 @@ def test_the_command_line_draws_masks_and_attention(model, picture, tmp_path, ca
     (["--ask", "a", "--visual-tokens", "0"], "--visual-tokens must be 1"),
     (["--ask", "a", "--answer", "b", "c"], "2 answers for 1 question"),
     (["--ask", "a", "--model", "MODEL"], "--model needs --image"),
+    ([*ASKED, "--answer", "b"], "--answer: a model gives its own"),
+    ([*ASKED, "--visual-tokens", "4"], "--visual-tokens: a model has its own"),
+    ([*ASKED, "b", "c"], "--ask: a model takes one or two questions, not 3"),
+    ([*ASKED, "--masks", "mma,causal"], "--masks: a picture shows one of a model, not 2"),
+    ([*ASKED, "--out", "-"], "--out -: with --model it must be a file"),
     (["--ask", "a", "--model", "none.pt", "--image", "p.png"], "none.pt: no such file"),
     (["--ask", "a", "--model", "MODEL", "--image", "none.png"], "none.png: No such file"),
-    (["--ask", "a", "--model", "MODEL", "--image", "PICTURE", "--layer", "3"], "layer must be 1 to 2"),
-    (["--ask", "a", "--model", "MODEL", "--image", "PICTURE", "--head", "0"], "head must be 1 to 2"),
+    (["--ask", "a", "--model", "MODEL", "--image", "PICTURE", "--layer", "3"], "--layer must be 1 to 2"),
+    (["--ask", "a", "--model", "MODEL", "--image", "PICTURE", "--head", "0"], "--head must be 1 to 2"),
     (["--ask", "a" * 70, "--model", "MODEL", "--image", "PICTURE"], "64 positions"),
     (["--ask", "a", "--out", "/nowhere/mask.png"], "/nowhere/mask.png cannot be written"),
     (["--ask", "a", "--out", "mask.nonsense"], "unknown file extension '.nonsense'; .png is"),

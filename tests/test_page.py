@@ -19,7 +19,7 @@ from engine import page as pages
 from engine.attention import attention_maps, movement, token_labels
 from engine.cells import REASONS, RULES, SEEN, SEGMENTS, STATES, UNLOCKED, mask_reasons
 from engine.page import LARGEST, TEMPLATE, fill, make_page
-from engine.views import View, pack_legend, segments, token_names
+from engine.views import View, pack_legend, segments, token_names, token_places
 from helpers import refused
 from nanoaki import ANSWER, IMAGE, MASKS, PAD, PRESETS, PROMPT, NanoAKI, Tokenizer, make_mask
 
@@ -156,10 +156,9 @@ def test_what_the_tour_says_is_true(folder, masks):
     question = "before <image> and afterwards <image>"
     _, data = write(folder, "a.html", "--ask", question, "--answer", "no", "--masks", masks)
     (roles,), (labels,) = word_batch([question], ["no"], 16)
-    sequence, rules, readers, pinned = data["tour"]
-    both, shown = len(data["masks"]) == 2, data["masks"][data["start"]]
-    assert [stop["both"] for stop in data["tour"]] == [False, both, both, both]
-    told = data["masks"] if both else [shown]
+    opening, sequence, rules, readers, pinned = data["tour"]
+    shown = data["masks"][data["start"]]
+    told = data["masks"] if len(data["masks"]) == 2 else [shown]
     said = [mask for mask in MASKS if f"nder {mask} {RULES[mask]}" in rules["say"]]
     assert said == sorted(told, key=[*MASKS].index)
     assert ("orange" in rules["say"]) == (told != ["causal"])
@@ -168,8 +167,27 @@ def test_what_the_tour_says_is_true(folder, masks):
     for mask in data["masks"]:
         reads = make_mask(mask, roles[None])[0, roles == IMAGE, readers["at"]]
         assert f" {int(reads.sum())} under {mask}" in readers["say"]
+    assert not opening["say"] and opening["at"] == readers["at"] and opening["turned"]
     assert (pinned["at"], pinned["other"]) == (rules["at"], readers["at"])
-    assert roles[sequence["at"]] == PROMPT
+    assert labels[sequence["at"]] == "<answer>" and "after the mark <answer>" in sequence["say"]
+
+
+def test_a_page_opens_with_a_word_that_visual_tokens_read_or_with_what_the_answer_is_made_of(
+        folder):
+    for question, word in [("is the triangle left?", "triangle"), ("<image> a", "a"),
+                           ("triangle <image> where", "where"),
+                           ("the triangle <image>", "triangle")]:
+        for masks in ("mma", "causal,mma"):
+            _, data = write(folder, "a.html", "--ask", question, "--masks", masks)
+            opening, labels = data["tour"][0], data["views"][0][0]["labels"]
+            assert labels[opening["at"]].strip() == word and opening["turned"]
+    for masks in ("causal", "causal,image"):  # no visual token reads a word: the control
+        _, data = write(folder, "a.html", "--ask", "is the triangle left?", "--masks", masks)
+        opening, labels = data["tour"][0], data["views"][0][0]["labels"]
+        assert labels[opening["at"]] == " <answer>" and not opening["turned"]
+    said = ["--history", "which one of them?", "red"]
+    _, data = write(folder, "a.html", "--ask", "where?", "--masks", "mma", *said)
+    assert data["views"][0][0]["labels"][data["tour"][0]["at"]] == " where?"
 
 
 def test_the_line_about_each_mask_and_the_legend_are_true():
@@ -287,7 +305,10 @@ def test_movement_on_the_page_is_python_s_and_exactly_0_under_causal(folder, mod
     assert data["masks"] == ["causal", "mma"] and data["start"] == 1
     for mask, moved in zip(data["masks"], data["moved"]):
         expected = movement(model, [picture], two, mask)
-        assert torch.allclose(torch.tensor(moved["shares"]), expected, rtol=1e-3)
+        assert torch.allclose(torch.tensor(moved["shares"]), expected, rtol=0.05)
+        digits = [str(share).strip("0.").replace(".", "")
+                  for part in moved["shares"] for share in part]
+        assert max(map(len, digits)) <= 2
         assert ("exactly 0" in moved["title"]) == (mask == "causal") == bool((expected == 0).all())
     assert write(folder, "a.html", *asked("model.pt", "what?"))[1]["moved"] == []
 
@@ -300,6 +321,8 @@ def test_tokens_are_named_by_their_text_and_visual_tokens_by_their_place():
     names = token_names(roles[1].tolist(), labels[1], 3)
     assert names[:4] == ["visual token 1", "visual token 2", "visual token 3", "what?"]
     assert names[-1] == "padding"
+    assert token_places([PROMPT] + [IMAGE] * 6 + [PAD], 3) == ["", *(
+        f" (row {row}, column {column})" for row, column in [(1, 1), (1, 2), (2, 1)] * 2), ""]
     blank = token_names([PROMPT] * 3, ["\n", " \n\n", "  "], 3)
     assert blank == ["a line break", "a line break", "a space"]
     parts = [(part["role"], part["start"], part["stop"], part["picture"])
@@ -333,7 +356,7 @@ def test_chats_are_asked_and_drawn_with_what_was_said_before(folder, model, pict
     (["--ask", "a", "--history", "b"], "--history: 1 texts"),
     (["--ask", "a", "--layer", "1"], "--layer needs --model"),
     ([*asked("model.pt", "a"), "--layer", "1", "1", "1"], "--layer names one twice: 1, 1, 1"),
-    (asked("model.pt", "a", "b", "c"), "one or two questions"),
+    (asked("model.pt", "a", "b", "c"), "--ask: a model takes one or two questions, not 3"),
     ([*asked("model.pt", "a"), "--layer", "1", "3"], "layer must be 1 to 2"),
     ([*asked("model.pt", "a"), "--head", "0"], "head must be 1 to 2"),
     (asked("model.pt", "a" * 70), "64 positions"),
@@ -383,6 +406,7 @@ CASES = {
     "400 tokens": ["--ask", WORDS * 5, "--answer", "a circle", "--visual-tokens", "361",
                    "--masks", "causal,mma"]}
 TOKENS = "[...document.querySelectorAll('.panel:not([hidden]) button.token')]"
+PRESSED = "[...document.querySelectorAll('nav [aria-pressed=true]')].map(b => b.textContent)"
 CANVAS = "document.querySelector('.panel:not([hidden]) canvas')"
 
 
@@ -400,10 +424,13 @@ def browser():
 
 
 def load(browser, path, width=1200, dark=False, scale=1):
-    """Open a page, without its tour."""
+    """Open a page, without its tour: one mask, and what a token reads."""
     browser.open(path, width, 900, dark, scale)
     browser.run("(tour => tour.hidden || tour.lastElementChild.click())"
                 "(document.querySelector('aside'))")
+    for name, key in (("side by side", "b"), ("who reads it", "r")):
+        if name in browser.run(PRESSED):
+            browser.key(key)
 
 
 def chosen(browser, selector: str) -> list[int]:
@@ -448,7 +475,8 @@ def cell(browser, q: int, k: int, T: int) -> tuple[float, float]:
 def said(data: dict, view: dict, q: int, k: int) -> str:
     """Why a cell is open or closed, without the full stop."""
     sentence = data["reasons"][shown_reasons(view)[q, k]]["sentence"]
-    return sentence.format(q=view["names"][q], k=view["names"][k])
+    q, k = (view["names"][i] + view["places"][i] for i in (q, k))
+    return sentence.format(q=q, k=k)
 
 
 def roles_of(view: dict) -> torch.Tensor:
@@ -633,7 +661,7 @@ def test_how_far_a_token_moves_is_said_of_visual_tokens_and_of_no_word(folder, b
         browser.mouse(*middle(browser, f"{TOKENS}[{i}]"))
         names, lengths = zip(*browser.run(labels))
         assert names == ("layer 1", "layer 2")
-        assert [float(length) for length in lengths if length] == expected
+        assert [length for length in lengths if length] == [f"by {length:g}" for length in expected]
 
 
 def test_layers_heads_and_weights_are_python_s(folder, browser):
@@ -713,55 +741,65 @@ def test_a_first_visit_is_led_through_and_the_next_is_not(folder, browser):
     browser.open(path)
     browser.run("localStorage.clear()")
     browser.open(path)
-    said = []
-    for stop in data["tour"]:
+    opening, *tour = data["tour"]
+    said, places = [], [0, len(data["views"][0][0]["labels"])]
+    for stop in tour:
         said.append(browser.run("document.querySelector('aside p').textContent"))
-        assert marked(browser, "at")[0] == stop["at"]
-        assert len(marked(browser, "at")) == 1 + stop["both"]
+        assert marked(browser, "at") == [stop["at"] + place for place in places]
+        assert ("who reads it" in browser.run(PRESSED)) == stop["turned"]
         browser.run("document.getElementById('next').click()")
-    assert said == [stop["say"] for stop in data["tour"]] and len(said) == 4
+    assert said == [stop["say"] for stop in tour] and len(said) == 4
     assert all(text.count(".") == 1 for text in said)  # sentences
     hidden = "document.querySelector('aside').hidden"
-    assert browser.run(hidden)
-    browser.open(path)
-    assert browser.run(hidden)
-    browser.key("?")
-    assert not browser.run(hidden)
+    for _ in range(2):  # at its end, and at the next visit
+        assert browser.run(hidden)
+        assert marked(browser, "at") == [opening["at"] + place for place in places]
+        assert {"side by side", "who reads it"} <= set(browser.run(PRESSED))
+        browser.open(path)
+    for again in ("key", "button"):
+        if again == "key":
+            browser.key("?")
+        else:
+            browser.mouse(*middle(browser, "document.querySelector('p button')"), click=True)
+        assert not browser.run(hidden)
+        browser.key("Escape")
     path, data = write(folder, "two.html", "--ask", "where is the largest of them?", "where?",
                        "--masks", "causal,mma")
     load(browser, path)
     browser.key("q")  # it is led through the first question
     browser.key("?")
-    for stop in data["tour"]:
-        places = [stop["at"], stop["at"] + len(data["views"][0][0]["labels"])]
-        assert marked(browser, "at") == places[:1 + stop["both"]]
+    for stop in data["tour"][1:]:
+        assert marked(browser, "at")[0] == stop["at"]
         browser.run("document.getElementById('next').click()")
     assert browser.errors == [] and heading(browser) == data["questions"][0]
 
 
 def test_a_tour_that_is_left_leaves_nothing_behind_but_what_the_visitor_pinned(folder, browser):
     path, data = write(folder, "case.html", *CASES["default model"])
-    pressed = "[...document.querySelectorAll('nav [aria-pressed=true]')].map(b => b.textContent)"
     following = "document.getElementById('next').click()"
     load(browser, path)
-    plain = browser.run(pressed)
+    browser.open(path)
+    plain = browser.run(PRESSED)
     for stops in range(1, 5):
         browser.key("?")
         for _ in range(stops - 1):
             browser.run(following)
-        assert (browser.run(pressed) == plain) == (stops == 1)
+        assert (browser.run(PRESSED) == plain) == (stops == 3)
         browser.key("Escape")
-        assert browser.run(pressed) == plain and pinned(browser) == []
+        assert browser.run(PRESSED) == plain and pinned(browser) == []
+    browser.key("b")
     browser.mouse(*middle(browser, f"{TOKENS}[20]"), click=True)
     browser.key("?")
     assert pinned(browser) == []
     browser.run(following)
     browser.key("Escape")  # it was pinned before
+    browser.key("b")
     assert pinned(browser) == marked(browser, "at") == [20]
     browser.key("Escape")
     browser.key("?")
     browser.mouse(*middle(browser, f"{TOKENS}[25]"), click=True)
     browser.run("document.querySelector('aside').lastElementChild.click()")  # and here meanwhile
+    browser.key("b")
     assert pinned(browser) == marked(browser, "at") == [25]
 
 
@@ -824,7 +862,7 @@ def test_nothing_jumps_or_sticks_out(folder, browser, width, argv):
         assert browser.run("document.documentElement.scrollWidth") == width
         browser.key("b")
     browser.run("document.head.append(document.createElement('style'))")
-    controls = [".sentence { min-height: 0 !important; width: 8rem; }"]  # by steps, and by a key
+    controls = [".room { display: none; } .sentence { width: 8rem; }"]  # by steps, and by a key
     if "where?" in argv:
         controls.append("h1 { width: 8rem; } h1 :not(.asked) { display: none; }")
     else:
@@ -859,18 +897,22 @@ def test_what_is_read_is_said_to_who_sees_no_light(folder, browser):
         nodes = browser.send("Accessibility.getFullAXTree")["nodes"]
         found = [node["name"]["value"] for node in nodes
                  if not node.get("ignored") and node["role"]["value"] == "button"]
-        start = next(n for n, name in enumerate(found) if name.startswith("visual token 1,"))
+        start = next(n for n, name in enumerate(found) if name.startswith("visual token 1 ("))
         return found[start:start + T]
 
     for key, i, state in (("", 20, "read"), ("r", T - 9, "reading it")):
         browser.key(key or "Escape")
         browser.mouse(*middle(browser, f"{TOKENS}[{i}]"))
         opened, parts = (mask.T[i], weights.T[i]) if key else (mask[i], weights[i])
-        for name, said, is_open, weight in zip(view["names"], names(), opened, parts.tolist()):
+        called = map("".join, zip(view["names"], view["places"]))
+        for name, said, is_open, weight in zip(called, names(), opened, parts.tolist()):
             if is_open:
                 start, _, share = said.rpartition(", ")
                 assert start == f"{name}, {state}"
-                assert float(share[:-1]) == pytest.approx(100 * weight, abs=0.0501)
+                if share == "<0.1%":
+                    assert weight < 0.0005
+                else:
+                    assert float(share[:-1]) == pytest.approx(100 * weight, abs=0.0501)
             else:
                 assert said == f"{name}, not {state}"
         assert 0 < opened.sum() < T
@@ -947,6 +989,82 @@ def test_a_browser_that_hangs_is_given_up(tmp_path, monkeypatch):
     monkeypatch.setattr(browser, "PATIENCE", 0.2)
     with pytest.raises(RuntimeError, match="has said nothing for 0.2 seconds"):
         browser.Browser(str(hanging))
+
+
+def test_a_page_says_what_was_not_trained_and_what_parts_of_a_letter_are(folder):
+    noted = set()
+    for question in ("what?", "a", "where is it?", "\u0645"):
+        _, data = write(folder, "a.html", *asked("model.pt", question), "--masks", "mma,image")
+        assert [view["rule"].startswith("not trained so: ") for view in data["views"][0]] == [
+            False, True]
+        parted = any(re.search(r"^. 1/\d$", label) for view in data["views"][0]
+                     for label in view["labels"])
+        assert (draw.PARTS in data["notes"]) == parted
+        noted.add(parted)
+        assert "The answer begins after the mark <answer>." in data["notes"]
+    assert noted == {False, True} and parted
+    _, data = write(folder, "a.html", "--ask", "what?", "--masks", "mma,image")
+    assert not any("trained" in view["rule"] for view in data["views"][0])
+
+
+def test_a_long_question_takes_three_lines_and_is_whole_in_its_title(folder, browser):
+    asked = "word " * 300
+    path, _ = write(folder, "case.html", "--ask", asked, "--masks", "mma")
+    load(browser, path, 360)
+    lines = "(h1 => h1.clientHeight / parseFloat(getComputedStyle(h1).lineHeight))" \
+            "(document.querySelector('h1'))"
+    assert browser.run(lines) == pytest.approx(3, abs=0.1)
+    assert browser.run("document.querySelector('h1 span').title") == heading(browser) == asked
+    browser.run("document.querySelector('h1 span').style.display = 'block'")
+    assert browser.run(lines) > 20  # the control
+
+
+@pytest.mark.parametrize("width, both, fits", [(360, True, False), (360, False, True),
+                                               (1400, True, True)])
+def test_weights_over_a_picture_are_shown_where_there_is_room_for_them(folder, browser, width, both,
+                                                                       fits):
+    path, _ = write(folder, "case.html", *asked("nano.pt", "what?"))
+    load(browser, path, width)
+    browser.key("w")
+    if both:
+        browser.key("b")
+    shown = browser.run(f"{TOKENS}.slice(0, 36).map(token => [token.scrollWidth, token.clientWidth,"
+                        " getComputedStyle(token, '::after').content])")
+    assert all((content != "none") == fits for *_, content in shown)
+    assert all(inner <= outer for inner, outer, _ in shown)
+
+
+def test_the_tour_shows_what_it_speaks_of_above_its_own_words(folder, browser):
+    path, data = write(folder, "case.html", *asked("nano.pt", "what is it?"), "--masks", "mma")
+    browser.open(path, 360, 800)
+    browser.run("localStorage.clear()")
+    browser.open(path, 360, 800)
+    browser.size(360, 800)
+    for stop in data["tour"][1:]:
+        top, bottom, limit = browser.run(
+            "new Promise(done => setTimeout(done, 50)).then(() => { const [seen, said] = "
+            f"['{stop['see']}', 'aside'].map(part => document.querySelector(part)"
+            ".getBoundingClientRect()); return [seen.top, seen.bottom, said.top]; })")
+        assert 0 <= top < bottom <= limit
+        browser.run("document.getElementById('next').click()")
+    browser.key("?")
+    browser.run("scrollTo(0, 0)")
+    assert browser.run("document.querySelector('.picture').getBoundingClientRect().bottom > "
+                       "document.querySelector('aside').getBoundingClientRect().top")  # the control
+
+
+def test_keys_are_told_to_who_has_them(folder, browser):
+    path, _ = write(folder, "case.html", "--ask", "a")
+    load(browser, path)
+    seen = "document.getElementById('keys').offsetHeight > 0"
+    assert browser.run(seen)
+    browser.send("Emulation.setTouchEmulationEnabled", enabled=True)
+    browser.send("Emulation.setDeviceMetricsOverride", width=360, height=800, deviceScaleFactor=2,
+                 mobile=True)
+    try:
+        assert not browser.run(seen)
+    finally:
+        browser.send("Emulation.setTouchEmulationEnabled", enabled=False)
 
 
 def test_a_redraw_is_timed_of_a_page_only(browser, tmp_path):

@@ -602,3 +602,13 @@ def test_bfloat16_is_autocast_and_trains_about_as_float32_does(tiny, tmp_path):
         assert all(t.dtype == torch.float32 for t in weights(out / "last.pt").values())
         losses.append(metrics(out)[-2]["train_loss"])
     assert losses[0] != losses[1] == pytest.approx(losses[0], rel=0.05)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such pipe")
+@pytest.mark.parametrize("words", [3, 300])  # it is full at the end of the script, and before
+def test_who_reads_no_more_ends_a_script_quietly(words):
+    run = subprocess.Popen([sys.executable, "draw.py", "--ask", "a " * words, "--out", "-"],
+                           cwd=ROOT, env=os.environ | {"COLUMNS": "2000"},
+                           stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    run.stdout.close()
+    assert run.stderr.read() == b"" and run.wait() == 1
