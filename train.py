@@ -1,7 +1,7 @@
 """
 Train a vision-language model with modality-mutual attention: on captions, then on questions.
 
-    python train.py                                     # shapes: seven minutes on two CPU cores
+    python train.py                                     # shapes: eight minutes on two CPU cores
     python train.py --mask causal --out out/causal      # the same under another mask
     python train.py --resume                            # go on after Ctrl-C
     torchrun --nproc_per_node=2 train.py                # on two processes or GPUs

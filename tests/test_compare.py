@@ -406,8 +406,8 @@ def stage(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_every_run_is_made_once_also_those_that_diverge(stage, jobs, capsys):
-    fates = {"seed0/causal-0.0035": "diverges", "seed1/mma-0.007": "diverges",
-             "seed0/causal-0.00175 val": 2, "seed0/causal-0.007 val": 3}
+    fates = {"seed0/causal-0.005": "diverges", "seed1/mma-0.01": "diverges",
+             "seed0/causal-0.0025 val": 2, "seed0/causal-0.01 val": 3}
     fates |= {"seed0/align-data": "slow", "seed1/align-data": "slow"}
     if jobs == 2:
         fates |= {"seed0/align-data": "after seed1/align-data",  # which has to be there
@@ -417,18 +417,18 @@ def test_every_run_is_made_once_also_those_that_diverge(stage, jobs, capsys):
     compare.main(argv)
     said, calls = capsys.readouterr().out, stage.calls()
     first = ["seed0/align-data: train", "seed1/align-data: train"]
-    trials = ["seed0/causal-0.00175: train", "seed0/causal-0.0035: train",
-              "seed0/causal-0.007: train", "seed0/causal-0.00175: ask val causal",
-              "seed0/causal-0.007: ask val causal"]
-    second = ["seed0/causal-0.007: ask test causal", "seed0/causal-0.007: ask test mma",
-              "seed0/mma-0.007: train", "seed0/mma-0.007: ask test mma",
-              "seed1/causal-0.007: train", "seed1/causal-0.007: ask test causal",
-              "seed1/causal-0.007: ask test mma", "seed1/mma-0.007: train"]
+    trials = ["seed0/causal-0.0025: train", "seed0/causal-0.005: train",
+              "seed0/causal-0.01: train", "seed0/causal-0.0025: ask val causal",
+              "seed0/causal-0.01: ask val causal"]
+    second = ["seed0/causal-0.01: ask test causal", "seed0/causal-0.01: ask test mma",
+              "seed0/mma-0.01: train", "seed0/mma-0.01: ask test mma",
+              "seed1/causal-0.01: train", "seed1/causal-0.01: ask test causal",
+              "seed1/causal-0.01: ask test mma", "seed1/mma-0.01: train"]
     assert sorted(calls[:2]) == first  # then causal chooses, before anything else is trained
     assert sorted(calls[2:7]) == sorted(trials) and sorted(calls[7:]) == sorted(second)
     assert "`mma` diverged (seed 1)" in said and "| `mma@eval` | 50.0 ± 0.0 |" in said
-    assert "for all: 0.007, at the edge of what was tried; it is the best" in said
-    assert "0.00175: 20.0%, 0.0035: diverged, 0.007: 30.0%" in said
+    assert "for all: 0.01, at the edge of what was tried; it is the best" in said
+    assert "0.0025: 20.0%, 0.005: diverged, 0.01: 30.0%" in said
     lines = [json.loads(line) for line in (stage.folder / "calls").read_text().splitlines()]
     (_, end), (start, _) = [[at for at, _, name in lines if name == f"seed{n}/align-data"]
                             for n in (0, 1)]
@@ -439,10 +439,10 @@ def test_every_run_is_made_once_also_those_that_diverge(stage, jobs, capsys):
 
 def test_causal_chooses_the_learning_rate_and_says_where_there_is_none(stage, capsys):
     argv = [*stage.flags, "--masks", "mma", "--seeds", "1", "--jobs", "2"]
-    stage.fates({"seed0/causal-0.0035 val": 9})
+    stage.fates({"seed0/causal-0.005 val": 9})
     compare.main(argv)
-    assert "for all: 0.0035; it is the best" in capsys.readouterr().out
-    assert stage.calls()[-1] == "seed0/mma-0.0035: ask test mma"
+    assert "for all: 0.005; it is the best" in capsys.readouterr().out
+    assert stage.calls()[-1] == "seed0/mma-0.005: ask test mma"
     lost = {f"seed0/causal-{lr:g}": "diverges" for lr in compare.TRIED}
     stage.fates(lost)
     argv[argv.index(str(stage.out))] = str(stage.folder / "other")
