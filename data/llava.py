@@ -265,8 +265,9 @@ def fit_tokens(records: dict[str, Records], config: Config,
 
     Where it may be longer, block_size is what the longest example needs, at least the config's.
     """
+    limit = min(5_000_000, 2000 * config.vocab_size)  # bytes: 2 kB a token rank pairs well
     texts = [text for name in ("train", "captions") if name in records
-             for text in records[name].texts(min(5_000_000, 2000 * config.vocab_size))]
+             for text in records[name].texts(limit)]
     tokenizer = Tokenizer.train(texts, config.vocab_size)
     config = replace(config, vocab_size=len(tokenizer))
     needed = positions_needed(records.values(), tokenizer, config) if longer else 0
