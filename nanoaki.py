@@ -309,7 +309,7 @@ class Model(nn.Module):
         """Training's entrance: forward's loss, of a Batch; the host waits for no value of it."""
         visual = self.see(batch.images)[batch.shown]                    # (shown, V, n_embd)
         x = self.embed(visual, batch.visual, batch.tokens, batch.roles)
-        (T, name), start = (batch.tokens.shape[1], mask or self.config.mask), batch.start
+        T, start, name = batch.tokens.shape[1], batch.start, mask or self.config.mask
         if self.flex:  # whole blocks of 128: few lengths, so that little is compiled anew
             x, start = F.pad(x, (0, 0, 0, -T % 128)), 0
             sees = make_block_mask(name, F.pad(batch.roles, (0, -T % 128)))

@@ -60,7 +60,7 @@ def make_optimizers(model, lr: float, adamw_lr: float, weight_decay: float,
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     inside = [name for name, p in trained.items()
               if p.dim() == 2 and ("blocks" in name or "projector" in name)]
-    # Of the three in one, values have the largest gradients: queries and keys would hardly move.
+    # In a new model values' gradients are 100 times queries' and keys': as one, these hardly move.
     groups = [{"params": [trained[name] for name in inside if "qkv" not in name]},
               {"params": [trained[name] for name in inside if "qkv" in name], "parts": 3}]
     rest = [p for name, p in trained.items() if name not in inside]
