@@ -1,5 +1,4 @@
 """Muon for the matrices inside blocks and projector, AdamW for everything else, and their rate."""
-import math
 from collections import defaultdict
 
 import torch
@@ -72,5 +71,5 @@ def make_optimizers(model, lr: float, adamw_lr: float, weight_decay: float,
 
 
 def schedule(step: int, steps: int, warmup: int) -> float:
-    """Share of the peak learning rate: a linear rise, then a cosine to 0."""
-    return min((step + 1) / warmup, 1) * (1 + math.cos(math.pi * step / steps)) / 2
+    """Share of the peak learning rate: a linear rise, 1, and a linear fall to 0 over the last 35%."""
+    return min((step + 1) / warmup, 1, (1 - step / steps) / 0.35)

@@ -400,6 +400,7 @@ def run_on(folder: Path, argv: list[str]) -> None:
 @pytest.fixture
 def stage(tmp_path, monkeypatch):
     monkeypatch.setattr(compare, "SCRIPTS", tmp_path)
+    monkeypatch.setattr(compare, "TRIED", [0.0025, 0.005, 0.01])  # whatever train.py's default is
     monkeypatch.setattr(compare, "time", SimpleNamespace(sleep=lambda _: time.sleep(0.02)))
     return Stage(tmp_path)
 
