@@ -1,7 +1,7 @@
 """
 Train a vision-language model with modality-mutual attention: on captions, then on questions.
 
-    python train.py                                     # shapes: five minutes on two CPU cores
+    python train.py                                     # shapes: six minutes on two CPU cores
     python train.py --mask causal --out out/causal      # the same under another mask
     python train.py --resume                            # go on after Ctrl-C
     torchrun --nproc_per_node=2 train.py                # on two processes or GPUs
@@ -48,7 +48,7 @@ class Settings:
                        choices=list(PRESETS))
     seed: int = knob(0, "draws weights and order of the data: same seed and threads, same run", 0)
     align_steps: int = knob(400, "steps of stage 1: captions, under the causal mask; 0: none", 0)
-    steps: int = knob(2700, "steps of stage 2: questions and answers, under --mask; 0: none", 0)
+    steps: int = knob(3400, "steps of stage 2: questions and answers, under --mask; 0: none", 0)
     order: str = knob("data", "pictures where the data have them, before the text ('image') or "
                               "after it ('text') of their turn, or each in turn ('dual')",
                       choices=["data", "image", "text", "dual"])
@@ -63,7 +63,7 @@ class Settings:
     weight_decay: float = knob(0.0, "pull of matrices towards 0, times learning rate: for few data",
                                0)
     warmup: int = knob(50, "steps in which the learning rate rises; over the last 35% it falls", 1)
-    eval_every: int = knob(540, "steps of stage 2 between evaluations", 1)
+    eval_every: int = knob(680, "steps of stage 2 between evaluations", 1)
     eval_sample: int = knob(500, "held-out questions in each of them; the final test takes all", 1)
     test_sample: int = knob(5000, "questions of the final report where there is no test.json, at "
                                   "most; 0: no report, with or without", 0)
