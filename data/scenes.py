@@ -118,18 +118,20 @@ def ask(questions: Callable, tasks: list[str], scene: dict, rng: random.Random) 
 
 
 def describe(scene: dict[int, Thing], rng: random.Random) -> tuple[str, str]:
-    """What asks for a caption, and the caption: what is where or, as often, what is beside what.
+    """What asks for a caption, and the caption: what is where."""
+    return "Describe the picture.", ", ".join(f"{PLACES[place]} {thing.name}"
+                                              for place, thing in scene.items())
 
-    A model that has learned to say the latter learns `rel` and `hop` in half the steps.
-    """
+
+def describe_more(scene: dict[int, Thing], rng: random.Random) -> tuple[str, str]:
+    """describe's or, as often, what is beside what: then `rel` and `hop` come in half the steps."""
     wanted, names = rng.choice(list(STEPS)), [thing.name for thing in scene.values()]
     beside = [f"{step} the {scene[place].name} {scene[other].name}"
               for place, step, other in neighbours(scene)
               if step == wanted and names.count(scene[place].name) == 1]
     if beside and rng.random() < 0.5:
         return f"Describe what is {wanted} what.", ", ".join(beside)
-    return "Describe the picture.", ", ".join(f"{PLACES[place]} {thing.name}"
-                                              for place, thing in scene.items())
+    return describe(scene, rng)
 
 
 def talk(human: str, gpt: str) -> list[dict]:
@@ -142,10 +144,11 @@ def refuse_existing(folder: Path) -> None:
 
 
 def write(folder: Path, title: str, scenes: int, held_out: int, random_scene: Callable,
-          draw: Callable, ask: Callable) -> None:
+          draw: Callable, ask: Callable, describe: Callable = describe) -> None:
     """Write a dataset of scenes, each drawn from title, split and number; raises FileExistsError.
 
-    random_scene(rng, split) -> dict; draw(scene, rng, split) -> picture; ask(scene, rng) -> list.
+    random_scene(rng, split) -> dict; draw(scene, rng, split) -> picture; ask(scene, rng) -> list;
+    describe(scene, rng) -> what asks for the caption, and the caption.
     All is written beside the folder and renamed at the end: a folder that exists is whole.
     """
     refuse_existing(folder)

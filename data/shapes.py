@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw
 if __name__ == "__main__":  # a script's folder is on the path, the repository's root is not
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data import scenes as grid
-from data.scenes import CELL, Thing, ask, command, the_only, write
+from data.scenes import CELL, Thing, ask, command, describe_more, the_only, write
 
 COLORS = {"red": (214, 39, 40), "green": (44, 150, 44), "blue": (35, 80, 200),
           "yellow": (240, 200, 20), "purple": (140, 50, 170), "orange": (245, 130, 25)}
@@ -66,7 +66,7 @@ def make(folder: Path, seed: int = 0, scenes: int = 20000, held_out: int = 600) 
     """Write `scenes` to train on, `held_out` each for val and test; raises FileExistsError."""
     write(folder, f"shapes {seed}", scenes, held_out,
           lambda rng, split: grid.random_scene(rng, THINGS, questions, ["attr", "hop"]),
-          draw_scene, partial(ask, questions, TASKS))
+          draw_scene, partial(ask, questions, TASKS), describe_more)
 
 
 def find(data: str) -> Path:

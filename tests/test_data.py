@@ -24,7 +24,7 @@ from data import digits, shapes
 from data.batches import Batches, Order, augment, make_batch
 from data.formats import json_items
 from data.llava import Examples, Records
-from data.scenes import PLACES, Thing, describe
+from data.scenes import PLACES, Thing, describe_more
 from engine.processes import load
 from helpers import make_tiny
 from nanoaki import ANSWER, IMAGE, PAD, PROMPT, Config, NanoAKI, Tokenizer, fit_picture
@@ -63,7 +63,7 @@ def turns(record):
 
 
 def described(folder):
-    """Picture -> place -> name, of those whose caption says what is where: about half."""
+    """Picture -> place -> name, of those whose caption says what is where."""
     scenes = {}
     for record in records(folder, "captions"):
         human, caption = turns(record)
@@ -72,7 +72,6 @@ def described(folder):
             for part in caption.split(", "):
                 place = max((p for p in PLACES if part.startswith(f"{p} ")), key=len)
                 scene[place] = part.removeprefix(f"{place} ")
-    assert 0.3 < len(scenes) / len(records(folder, "captions")) < 0.7
     return scenes
 
 
@@ -86,7 +85,7 @@ def test_shapes_depends_on_its_seed_alone(made, tmp_path):
 
 def test_seed_0_gives_the_same_shapes_and_digits_everywhere(tmp_path, scans):
     for name, make, wanted in (("shapes", shapes.make, "21b7cb94d50eb5ad"),
-                               ("digits", digits.make, "02c8f8470c41ae22")):
+                               ("digits", digits.make, "47a474a08dd9e566")):
         make(tmp_path / name, 0, scenes=40, held_out=10)
         digest = hashlib.sha256()  # of pixels: packing differs between builds of Pillow
         for path in sorted((tmp_path / name).rglob("*.*")):
@@ -191,12 +190,13 @@ def test_a_caption_names_what_the_picture_shows(made):
 
 def test_a_caption_of_what_is_beside_what_has_all_that_is_so_of_names_that_are_there_once():
     steps = {"left of": -1, "right of": 1, "above": -3, "below": 3}
-    rng, asked = random.Random(0), set()
+    rng, asked, kinds = random.Random(0), set(), Counter()
     for n in range(2000):
         names = [f"thing {rng.randrange(12)}" for _ in range(rng.randint(3, 7))]
         scene = {place: Thing(name, ()) for place, name in
                  zip(sorted(rng.sample(range(9), len(names))), names)}
-        human, caption = describe(scene, random.Random(n))
+        human, caption = describe_more(scene, random.Random(n))
+        kinds[human] += 1
         if human == "Describe the picture.":
             assert caption == ", ".join(f"{PLACES[p]} {thing.name}" for p, thing in scene.items())
             continue
@@ -209,7 +209,7 @@ def test_a_caption_of_what_is_beside_what_has_all_that_is_so_of_names_that_are_t
             if other in scene and in_line and names.count(thing.name) == 1:
                 right.append(f"{step} the {thing.name} {scene[other].name}")
         assert caption == ", ".join(right) != ""
-    assert asked == set(steps)
+    assert asked == set(steps) and 0.5 < kinds["Describe the picture."] / 2000 < 0.75
 
 
 def test_no_task_can_be_answered_from_its_text(made):
@@ -244,8 +244,6 @@ def test_digits_are_scans_that_no_other_split_has_and_its_answers_are_right(tmp_
     words = {"left of": -1, "right of": 1, "above": -3, "below": 3}
     asked = Counter()
     for r in records(tmp_path / "digits", "train"):
-        if r["image"] not in scenes:
-            continue
         scene = {PLACES.index(place): digit for place, digit in scenes[r["image"]].items()}
         question, answer = turns(r)
         where = {digit: place for place, digit in scene.items()}
@@ -261,7 +259,7 @@ def test_digits_are_scans_that_no_other_split_has_and_its_answers_are_right(tmp_
                  "max": lambda: max(scene[p] for p in digits.LINES[line] if p in scene)}
         assert answer == right[r["task"]](), (question, scene)
         asked[r["task"]] += 1
-    assert asked == {task: len(scenes) for task in digits.TASKS}
+    assert asked == {task: 60 for task in digits.TASKS}
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(ValueError, match="pip install scikit-learn"):
         digits.split_scans(0)
