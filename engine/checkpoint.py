@@ -62,13 +62,18 @@ def settle(cls, flags: dict, resume: bool) -> tuple:
     elif settings.init:
         refuse_used(out)
         start, state = settings.init, load_file(settings.init)
-        config = NanoAKI.load(settings.init).config
-        if state["merges"] is None:
+        config = NanoAKI.load(start, new_parts=True).config
+        parts = {name.split(".")[0] for name in state["model"]}
+        if "decoder" in parts and state["merges"] is None:
             raise ValueError(f"--init: {start} was saved without a tokenizer")
         for name in flags:
-            if name in STAGE_1 or name in state["config"] and name not in INIT:
-                raise ValueError(f"--init brings its own config and skips stage 1: leave out "
-                                 f"{flag(name)}")
+            if name == "preset" or name in state["config"] and name not in INIT:
+                raise ValueError(f"--init brings its own config: leave out {flag(name)}")
+        for part in filter(None, settings.freeze.split(",")):
+            if part not in parts:
+                raise ValueError(f"--freeze: {start} has no {part}, so it is new: train it")
+        if "projector" in parts:  # it was aligned
+            settings.align_steps = flags.get("align_steps", 0)
         config = replace(config, **config_flags(flags))
         settings.order = flags.get("order", config.order)
     else:

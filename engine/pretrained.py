@@ -1,0 +1,63 @@
+"""
+Make a checkpoint to begin from of published weights, in folders as the Hugging Face hub has them.
+
+    python engine/pretrained.py --vit siglip-base-patch16-224 --decoder gpt2 --out start.pt
+    python engine/pretrained.py --vit dinov2-small --image-size 224 --merge 2 --out start.pt
+    python train.py --init start.pt --data DIR
+
+A ViT is SigLIP's (arXiv 2303.15343) or DINOv2's (2304.07193), a decoder is GPT-2's; what no folder
+brings is new, of a preset and its flags. Nothing is downloaded, and no pickle is opened.
+"""
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+if __name__ == "__main__":  # a script's folder is on the path, the repository's root is not
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from engine.families import read_decoder, read_vit
+from engine.flags import Parser, flag, one_line, run_script
+from nanoaki import PRESETS, Config, save_file
+
+def make(vit: str, decoder: str, preset: str, out: str, flags: dict) -> None:
+    """Write the checkpoint; raises ValueError where flags and folders do not go together."""
+    if not vit and not decoder:
+        raise ValueError("give --vit, --decoder or both: folders of published weights")
+    if Path(out).exists():
+        raise ValueError(f"{out} exists already: choose another --out")
+    brought, weights, merges = {}, {}, None
+    if vit:
+        brought, found = read_vit(Path(vit), flags.pop("image_size", None),
+                                  flags.pop("vit_layer", None))
+        weights = {f"vit.{name}": weight for name, weight in found.items()}
+    if decoder:
+        about, found, merges = read_decoder(Path(decoder), flags.pop("block_size", None))
+        brought |= about
+        weights |= {f"decoder.{name}": weight for name, weight in found.items()}
+    for name in flags:
+        if name in brought:
+            raise ValueError(f"{flag(name)} is {brought[name]} in the folder: leave it out")
+    config = replace(PRESETS[preset], **{"block_size": 1 << 20} | flags | brought)
+    if not decoder and "block_size" not in flags:  # train.py makes more of it where data ask for it
+        config = replace(config, block_size=config.visual_tokens + PRESETS[preset].block_size)
+    save_file({"config": asdict(config), "merges": merges, "model": weights}, out)
+    new = [name for name in ("vit", "projector", "decoder") if f"{name}.norm.weight" not in weights]
+    print(f"{out}: {config.visual_tokens} visual tokens a picture, {config.block_size} positions; "
+          f"new will be: {', '.join(new)}; to train it: python train.py --init {out} --data DIR")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser(__doc__)
+    parser.add_argument("--vit", default="", help="folder of a SigLIP or DINOv2")
+    parser.add_argument("--decoder", default="", help="folder of a GPT-2, vocab.json and merges.txt")
+    parser.add_argument("--preset", default="nano", choices=list(PRESETS),
+                        help="of what is new (default nano)")
+    parser.add_argument("--out", required=True, help="checkpoint to write")
+    parser.add_fields("model; what no folder brings, and pictures, positions and blocks to keep",
+                      Config)
+    flags = vars(parser.parse_args(argv))
+    with one_line():
+        make(*(flags.pop(name) for name in ("vit", "decoder", "preset", "out")), flags)
+
+
+if __name__ == "__main__":
+    run_script(main)
