@@ -9,14 +9,13 @@ import json
 import random
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors.torch import save_file
 from tokenizers import ByteLevelBPETokenizer
 from transformers import (Dinov2Config, Dinov2Model, GPT2Config, GPT2LMHeadModel, GPT2Tokenizer,
                           SiglipVisionConfig, SiglipVisionModel)
 
-HERE, IMAGES = Path(__file__).parent, 2
+HERE = Path(__file__).parent
 TEXTS = ["Hello world, it's 2026! They'll say: I'd've, we're, he'S, DON'T.",
          "  two spaces\n\n\nand   three \t tabs\r\n", "1234567 12.5% ½ ² Ⅷ ٣٤ x² 10½ ①②",
          "naïve café Größe ŒUVRE", "東京は夜です。一二三", "한국어 שלום العربية हिन्दी ภาษา",
@@ -51,13 +50,19 @@ def spread(model):
     return model.eval()
 
 
-def make_vit(name: str, model, size: int, mean, std) -> None:
-    pictures = torch.randint(0, 256, (IMAGES, 3, size, size), dtype=torch.uint8)
+@torch.no_grad()
+def make_vit(name: str, model, mean, std, **sizes: int) -> None:
+    """What goes in and comes out for pictures of some sizes, of which the first is the model's."""
+    spread(model)
     mean, std = (torch.tensor(x)[:, None, None] for x in (mean, std))
-    with torch.no_grad():
-        states = spread(model)((pictures / 255 - mean) / std, output_hidden_states=True)
-    keep(name, model, pictures=pictures, states=states.last_hidden_state,
-         first=states.hidden_states[1])
+    tensors = {}
+    for size, pixels in sizes.items():
+        pictures = torch.randint(0, 256, (2, 3, pixels, pixels), dtype=torch.uint8)
+        out = model((pictures / 255 - mean) / std, output_hidden_states=True,
+                    interpolate_pos_encoding=True)
+        tensors |= {f"{size}.pictures": pictures, f"{size}.states": out.last_hidden_state,
+                    f"{size}.first": out.hidden_states[1]}  # after one block
+    keep(name, model, **tensors)
 
 
 @torch.no_grad()
@@ -82,8 +87,8 @@ if __name__ == "__main__":
     half = (0.5,) * 3
     make_vit("siglip", SiglipVisionModel(SiglipVisionConfig(
         hidden_size=16, intermediate_size=40, num_hidden_layers=2, num_attention_heads=2,
-        image_size=30, patch_size=7, vision_use_head=False)), 30, half, half)
+        image_size=30, patch_size=7, vision_use_head=False)), half, half, own=30, other=42)
     make_vit("dinov2", Dinov2Model(Dinov2Config(
         hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=7)),
-        28, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+        (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), own=28, other=42)
     make_gpt2()
