@@ -256,18 +256,18 @@ class Resampler(nn.Module):
 
     def __init__(self, c: Config):
         super().__init__()
-        self.up = nn.Linear(c.vit_embd, c.n_embd)
-        self.queries = nn.Parameter(0.02 * torch.randn(c.queries, c.n_embd))
-        self.blocks = nn.ModuleList(Block(c.n_embd, c.n_head, c.dropout)
+        self.queries = nn.Parameter(0.02 * torch.randn(1, c.queries, c.vit_embd))
+        self.blocks = nn.ModuleList(Block(c.vit_embd, c.vit_head, c.dropout)
                                     for _ in range(c.query_layer))
-        self.norm = nn.LayerNorm(c.n_embd)
+        self.norm = nn.LayerNorm(c.vit_embd)
+        self.up = nn.Linear(c.vit_embd, c.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, patches, vit_embd) -> (N, queries, n_embd)."""
-        patches, queries = self.up(x), self.queries.expand(len(x), -1, -1)
+        queries = self.queries.expand(len(x), -1, -1)
         for block in self.blocks:
-            queries = block(torch.cat([patches, queries], 1), mask=None, start=patches.shape[1])
-        return self.norm(queries)
+            queries = block(torch.cat([x, queries], 1), mask=None, start=x.shape[1])
+        return self.up(self.norm(queries))
 
 
 class Decoder(nn.Module):
@@ -322,26 +322,20 @@ class Model(nn.Module):
                 nn.init.normal_(module.weight, std=0.02)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
-        for blocks in [m for m in self.modules() if isinstance(m, nn.ModuleList)]:
+        stacks = [module for module in self.modules() if isinstance(module, nn.ModuleList)]
+        for blocks in stacks:  # GPT-2: each block adds twice
             for layer in [layer for block in blocks for layer in (block.out, block.down)]:
-                nn.init.normal_(layer.weight, std=0.02 / (2 * len(blocks)) ** 0.5)  # each adds twice
+                nn.init.normal_(layer.weight, std=0.02 / (2 * len(blocks)) ** 0.5)
 
     def take(self, weights: dict[str, Tensor]) -> list[str]:
-        """Load each part that weights have any of; return the names of the others, which stay new.
+        """Load weights, in which whole parts may be missing; return their names, which stay new.
 
-        Raises RuntimeError, torch's, where a part is not whole or has another shape.
+        Raises RuntimeError, torch's, where the others are not whole or have other shapes.
         """
-        new, known = [], 0
-        for name, part in self.named_children():
-            own = {key.removeprefix(f"{name}."): w for key, w in weights.items()
-                   if key.startswith(f"{name}.")}
-            known += len(own)
-            if own:
-                part.load_state_dict(own)
-            else:
-                new.append(name)
-        if known < len(weights):
-            raise RuntimeError(f"unknown weights beside those of {', '.join(new)}")
+        new = [name for name, _ in self.named_children()
+               if not any(key.startswith(f"{name}.") for key in weights)]
+        own = {key: w for key, w in self.state_dict().items() if key.split(".")[0] in new}
+        self.load_state_dict(own | weights)
         return new
 
     def see(self, images: Tensor) -> Tensor:

@@ -98,7 +98,7 @@ class Settings:
             raise ValueError("freeze needs init: a part that was never trained knows nothing")
         if self.attention == "flex" and self.compile:
             raise ValueError("attention flex compiles itself: it needs compile off")
-        if not self.steps and (self.init or not self.align_steps):
+        if not self.steps and not self.align_steps:
             raise ValueError("there is nothing to train: steps is 0, and there is no stage 1")
 
 
@@ -367,20 +367,6 @@ def prepare(s: Settings, config: Config, state: dict | None, longer: bool):
     return tokenizer, config, stages, made[split], digests
 
 
-def look_once(run: Run, some: list[Examples]) -> None:
-    """Let the ViT, which is frozen, look at each picture of all examples, and keep what it says."""
-    s, pictures = run.settings, set()
-    for examples in some:
-        folder = examples.records.path.parent
-        pictures |= {folder / path for record in examples.records for path in record.pictures}
-    features = Features(run.out / "features.f16", pictures, run.model)
-    features.fill(run.model, s.dtype, s.skip_bad)
-    if run.world > 1:
-        dist.barrier()  # until the shares of all are there
-    for examples in some:
-        examples.features = features
-
-
 def test(run: Run, examples: Examples) -> None:
     """Ask model.pt everything in a split: table, samples.png, a line of metrics."""
     start = time.perf_counter()
@@ -425,9 +411,9 @@ def train(argv: list[str] | None) -> None:
     if s.attention == "flex" and config.dropout:
         raise ValueError(f"attention flex has no dropout: it must be 0, not {config.dropout}")
     state = load_file(path) if path else None
-    new = not any(name.startswith("decoder") for name in state["model"]) if state else True
+    longer = "block_size" not in flags and not (state and "decoder.norm.weight" in state["model"])
     tokenizer, config, stages, examples, digests = first_does(
-        lambda: prepare(s, config, state, new and "block_size" not in flags))
+        lambda: prepare(s, config, state, longer))
     progress = saved_progress(state) if resume else Progress(data=digests)
     first_does(lambda: same_data(progress.data, digests, s, flags))
     torch.manual_seed(s.seed)
@@ -440,6 +426,12 @@ def train(argv: list[str] | None) -> None:
         getattr(model, part).requires_grad_(False)
     if state:
         model.take(state["model"])
+    features, shown = None, [some for stage in stages for some in (stage.examples, stage.held_out)]
+    if s.steps and s.test_sample:
+        shown.append(examples)
+    if "vit" in s.freeze and not s.augment:
+        features = Features(out / "features.f16", shown, model)
+        first_does(features.check_room)
     keep_freed_memory()  # from here on: what reading took is given back
     out.mkdir(parents=True, exist_ok=True)
     with hold(out) if rank == 0 else nullcontext():
@@ -455,9 +447,10 @@ def train(argv: list[str] | None) -> None:
         else:
             run.save()
         state = None  # as large as the model and its optimizers
-        if "vit" in s.freeze and not s.augment:
-            look_once(run, [examples, *(some for stage in stages
-                                        for some in (stage.examples, stage.held_out))])
+        if features:
+            features.fill(model, s.dtype, s.skip_bad)
+            for some in shown:
+                some.features = features
         run.train()
         if s.steps and s.test_sample:
             test(run, examples)

@@ -5,25 +5,32 @@ import shutil
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
+from data.llava import Examples, say_once
 from engine.device import autocast
 from engine.processes import rank_and_world
 from nanoaki import NanoAKI, fit_picture
 
-KEY = 32  # bytes before each picture's states: their digest's, written after them
+KEY = 32      # bytes before each picture's states: their digest's, written after them
+AT_ONCE = 32  # pictures that the ViT looks at
 
 
 class Features:
     """features[path] are the ViT's states of a picture, float16 (patches, vit_embd)."""
 
-    def __init__(self, file: Path, pictures: set[Path], model: NanoAKI):
-        c, digest = model.config, hashlib.sha256()
+    def __init__(self, file: Path, some: list[Examples], model: NanoAKI):
+        """A row of the file for each picture that some examples show, in the order of paths."""
+        c, digest, pictures = model.config, hashlib.sha256(), set()
         for weights in model.vit.state_dict().values():
             digest.update(weights.cpu().numpy().tobytes())
+        for examples in some:
+            folder = examples.records.path.parent
+            pictures |= {folder / path for record in examples.records for path in record.pictures}
         self.file, self.shape, self.weights = file, (c.patches, c.vit_embd), digest.hexdigest()
-        self.rows = {path: n for n, path in enumerate(sorted(pictures))}
+        self.rows = {path: row for row, path in enumerate(sorted(pictures))}
         self.size = KEY + 2 * c.patches * c.vit_embd
 
     def key(self, path: Path) -> bytes:
@@ -44,43 +51,70 @@ class Features:
             raise ValueError(f"{path}: changed since the ViT looked at it, or unreadable then")
         return torch.frombuffer(row, dtype=torch.float16, offset=KEY).view(self.shape)
 
-    def fill(self, model: NanoAKI, dtype: str, skip_bad: bool) -> None:
-        """Look at all pictures that are not in the file, a share of them in every process.
+    def missing(self) -> list[Path]:
+        """The pictures that are not in the file as they are now."""
+        if not self.file.exists():
+            return list(self.rows)
+        with open(self.file, "rb") as file:
+            return [path for path in self.rows if not self.has(file, path)]
 
-        Raises ValueError where the disk has no room, or, but for skip_bad, a picture is broken.
+    def has(self, file, path: Path) -> bool:
+        file.seek(self.rows[path] * self.size)
+        try:
+            return file.read(KEY) == self.key(path)
+        except ValueError:  # it is gone
+            return False
+
+    def check_room(self) -> None:
+        """Say how much the file will hold; raises ValueError where its disk has no room for it."""
+        there = [folder for folder in self.file.absolute().parents if folder.exists()][0]
+        missing, free = len(self.missing()), shutil.disk_usage(there).free
+        needed = missing * self.size
+        print(f"the ViT is frozen and looks at each picture once: {missing:,} of {len(self.rows):,} "
+              f"are left, {needed / 1e9:.2f} GB for {self.file}")
+        if needed > free:
+            raise ValueError(f"{self.file}: its disk has {free / 1e9:.2f} GB left, which are less "
+                             f"than {needed / 1e9:.2f} GB: fewer pictures, a smaller --image-size, "
+                             f"or another --out")
+
+    def fill(self, model: NanoAKI, dtype: str, skip_bad: bool) -> None:
+        """Look at all pictures that are missing, a share of them in every process.
+
+        Raises ValueError where a picture is broken, but leaves it out with skip_bad.
         """
         (rank, world), device = rank_and_world(), next(model.parameters()).device
         self.file.touch()
-        missing = [path for path in self.rows if not self.has(path)]
-        free, needed = shutil.disk_usage(self.file).free, len(missing) * self.size
-        print(f"the ViT is frozen and looks at each picture once: {len(missing):,} of "
-              f"{len(self.rows):,} are left, {needed / 1e9:.2f} GB for {self.file}")
-        if needed > free:
-            raise ValueError(f"{self.file}: {needed / 1e9:.2f} GB are more than the {free / 1e9:.2f} "
-                             f"GB that its disk has left")
-        with (open(self.file, "r+b", buffering=0) as file,
-              tqdm(total=len(missing[rank::world]), desc="looking", unit="picture", leave=False,
+        # By row: another process may be at work before this one knows what is missing.
+        mine = [path for path in self.missing() if self.rows[path] % world == rank]
+        with (open(self.file, "r+b") as file,
+              tqdm(total=len(mine), desc="looking", unit="picture", leave=False,
                    disable=rank > 0) as bar):
-            for at in range(rank, len(missing), 32 * world):
-                squares = {}
-                for path in missing[at:at + 32 * world:world]:
-                    try:
-                        squares[path] = fit_picture(path, model.config.image_size)
-                    except ValueError:
-                        if not skip_bad:
-                            raise
-                    bar.update()
-                if squares:
+            for at in range(0, len(mine), AT_ONCE):
+                some = mine[at:at + AT_ONCE]
+                found = self.read(some, model.config.image_size, skip_bad)
+                if found:
+                    pictures = torch.stack([picture for _, _, picture in found]).to(device)
                     with torch.no_grad(), autocast(device, dtype):
-                        states = model.vit(torch.stack(list(squares.values())).to(device))
-                    for path, some in zip(squares, states.to(torch.float16).cpu()):
+                        states = model.vit(pictures).to(torch.float16).cpu()
+                    for (path, key, _), state in zip(found, states):
                         start = self.rows[path] * self.size
                         file.seek(start + KEY)
-                        file.write(some.numpy().tobytes())
+                        file.write(state.numpy().tobytes())
                         file.seek(start)
-                        file.write(self.key(path))
+                        file.write(key)
+                    file.flush()
+                bar.update(len(some))
+        if world > 1:
+            dist.barrier()  # until the shares of all are there
 
-    def has(self, path: Path) -> bool:
-        with open(self.file, "rb") as file:
-            file.seek(self.rows[path] * self.size)
-            return file.read(KEY) == self.key(path)
+    def read(self, paths: list[Path], size: int, skip_bad: bool) -> list[tuple]:
+        """(path, key, picture) of those that can be read; ValueError where one cannot, and must."""
+        found = []
+        for path in paths:
+            try:
+                found.append((path, self.key(path), fit_picture(path, size)))
+            except ValueError as e:
+                if not skip_bad:
+                    raise ValueError(f"{e}; --skip-bad, also with --resume, leaves it out") from e
+                say_once(f"left out: {e}", set())
+        return found

@@ -1,4 +1,4 @@
-"""A folder of published weights, as the Hugging Face hub has them: what it says, and its tensors."""
+"""A folder of published weights, as the Hugging Face hub has them: its config and its tensors."""
 import json
 import math
 from pathlib import Path
@@ -16,8 +16,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
     Raises ValueError where something is not as github.com/huggingface/safetensors specifies it.
     """
-    size, found = path.stat().st_size, {}
+    found, used = {}, 0
     try:
+        size = path.stat().st_size
         whole = torch.from_file(str(path), size=size, dtype=torch.uint8)
         start = 8 + int.from_bytes(whole[:8].numpy().tobytes(), "little")
         if not 8 < start <= size:
@@ -34,8 +35,13 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             if (start + first) % dtype.itemsize:
                 raw = raw.clone()
             found[name] = raw.view(dtype).view(shape)
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, RecursionError) as e:
-        raise ValueError(f"{path}: not a whole safetensors file ({type(e).__name__}: {e})") from e
+            used += last - first
+        if used != size - start:
+            raise ValueError(f"{used} bytes of tensors in {size - start}")
+    except Exception as e:  # whatever the bytes make json and torch raise
+        reason = " ".join(str(e).split())[:200]
+        raise ValueError(f"{path}: not a whole safetensors file ({type(e).__name__}: "
+                         f"{reason})") from e
     return found
 
 
@@ -57,69 +63,71 @@ class Published:
         """defaults are each model_type's; a key is the root of all, then landmark, which it has."""
         self.config_path, self.path = folder / "config.json", folder / "model.safetensors"
         config = read_json(self.config_path)
-        self.type = config.get("model_type")
-        if self.type not in defaults:
+        self.type, own = config.get("model_type"), config.get("vision_config", config)
+        if self.type not in list(defaults) or not isinstance(own, dict):
             raise ValueError(f"{self.config_path}: model_type {self.type!r} is none of "
-                             f"{', '.join(defaults)}")
-        self.config = defaults[self.type] | config.get("vision_config", config)
+                             f"{', '.join(defaults)}, with its settings")
+        self.config = defaults[self.type] | own
         if not self.path.exists():
-            raise ValueError(f"{folder}: there is no model.safetensors, and pickles (.bin, .pt) "
-                             f"are not opened: the hub can convert them")
+            raise ValueError(f"{folder}: there is no model.safetensors; pickles (.bin, .pt) are "
+                             f"not opened, nor files in several parts")
         self.tensors = read_tensors(self.path)
         roots = [key.partition(landmark)[0] for key in self.tensors if landmark in key]
         if not roots:
-            raise ValueError(f"{self.path}: no key has {landmark}")
+            raise ValueError(f"{self.path}: there is no {landmark}")
         self.root = roots[0]
 
     def number(self, key: str) -> int:
         """A whole number of the config, at least 1; raises ValueError."""
         value = self.config.get(key)
         if type(value) is not int or value < 1:
-            raise ValueError(f"{self.config_path}: {key} must be a whole number, not {value!r}")
+            raise ValueError(f"{self.config_path}: {key} must be a whole number above 0, not "
+                             f"{value!r}")
         return value
 
-    def choose(self, key: str, choices: dict):
-        """What stands in choices for the config's value; raises ValueError where nothing does."""
+    def one_of(self, key: str, *choices):
+        """The config's value, if it is among those; raises ValueError."""
         value = self.config.get(key)
         if value not in choices:
-            raise ValueError(f"{self.config_path}: {key} {value!r} is none of "
-                             f"{', '.join(map(str, choices))}")
-        return choices[value]
+            raise ValueError(f"{self.config_path}: {key} must be "
+                             f"{' or '.join(map(repr, choices))}, not {value!r}")
+        return value
 
     def take(self, key: str, *shape: int | None) -> Tensor:
-        """A tensor of the root, in float32, with those sizes; None is any. Raises ValueError."""
+        """A tensor of the root, in float32, of that shape; None is any size. Raises ValueError."""
         key = self.root + key
         if key not in self.tensors:
             raise ValueError(f"{self.path}: there is no {key}")
         found = self.tensors.pop(key).to(torch.float32, copy=True)  # the file's map can be let go
         sizes = tuple(found.shape)
-        if len(sizes) != len(shape) or any(wanted not in (None, size)
-                                           for wanted, size in zip(shape, sizes)):
+        wanted = tuple(size if want is None else want for want, size in zip(shape, sizes))
+        if len(sizes) != len(shape) or sizes != wanted:
             raise ValueError(f"{self.path}: {key} is {sizes}, not {shape}")
         return found
 
     def take_layer(self, ours: str, key: str, *shape: int | None, turned=False) -> dict[str, Tensor]:
         """Weight and bias under our name; turned, the weight stands there as (columns, rows)."""
         weight = self.take(f"{key}.weight", *(shape[::-1] if turned else shape))
-        return {f"{ours}.weight": weight.t() if turned else weight,
-                f"{ours}.bias": self.take(f"{key}.bias", shape[0])}
+        if turned:
+            weight = weight.t().contiguous()
+        return {f"{ours}.weight": weight, f"{ours}.bias": self.take(f"{key}.bias", len(weight))}
 
     def take_block(self, key: str, names: dict[str, str], C: int, turned=False) -> dict[str, Tensor]:
         """The weights of a Block of width C whose layers are called names[ours] below key.
 
-        An MLP of less than 4 C is filled with zeros, which change nothing. Raises ValueError.
+        An MLP of less than 4 C is filled up with zeros, which change nothing. Raises ValueError.
         """
-        up = f"{self.root}{key}{names['up']}.bias"
-        inner = len(self.tensors.get(up, []))
-        if not 0 < inner <= 4 * C:
-            raise ValueError(f"{self.path}: {up} must have at most 4 times the {C} numbers of the "
-                             f"block's width, and it has {inner}")
-        shapes = {"norm1": (C,), "norm2": (C,), "qkv": (3 * C, C), "up": (inner, C),
-                  "down": (C, inner)}
-        found, spare = {}, 4 * C - inner
+        found = self.take_layer("up", key + names["up"], None, C, turned=turned)
+        inner = len(found["up.bias"])
+        spare = 4 * C - inner
+        if spare < 0:
+            raise ValueError(f"{self.path}: {self.root}{key}{names['up']} makes {inner} numbers, "
+                             f"more than 4 times the {C} of its block")
+        shapes = {"norm1": (C,), "norm2": (C,), "qkv": (3 * C, C), "down": (C, inner)}
         for ours, name in names.items():
-            shape = shapes.get(ours, (C, C))
-            found |= self.take_layer(ours, key + name, *shape, turned=turned)
+            if ours != "up":
+                shape = shapes.get(ours, (C, C))
+                found |= self.take_layer(ours, key + name, *shape, turned=turned)
         if "q" in names:
             for kind in ("weight", "bias"):
                 found[f"qkv.{kind}"] = torch.cat([found.pop(f"{part}.{kind}") for part in "qkv"])

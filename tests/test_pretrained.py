@@ -11,7 +11,8 @@ import torch
 
 import train
 from engine import pretrained
-from engine.families import read_decoder, read_merges, read_vit
+from engine.pretrained import read_merges
+from engine.families import read_decoder, read_vit
 from engine.features import Features
 from engine.published import read_tensors
 from helpers import make_tiny, metrics, refused, same, spoil, weights
@@ -70,10 +71,10 @@ def test_the_first_blocks_alone_end_with_a_new_layer_norm(name, capsys):
 
 
 def test_a_published_decoder_gives_the_states_and_logits_that_transformers_has():
-    about, found, _ = read_decoder(FOLDERS / "gpt2", None)
+    about, found = read_decoder(FOLDERS / "gpt2", read_merges(FOLDERS / "gpt2")[1], None)
     decoder, e = Decoder(Config(**about, image_size=16)), expected("gpt2")
     decoder.load_state_dict(found)
-    ours = {theirs: i for i, theirs in enumerate(read_merges(FOLDERS / "gpt2", 400)[1]) if i < 259}
+    ours = {theirs: i for i, theirs in enumerate(read_merges(FOLDERS / "gpt2")[1]) if i < 259}
     ours |= {theirs: theirs + 3 for theirs in range(257, 400)}
     tokens = torch.tensor([[ours[i] for i in row] for row in e["tokens"].tolist()])
     causal = torch.ones(2 * tokens.shape[1:], dtype=torch.bool).tril()
@@ -89,7 +90,7 @@ def test_a_published_decoder_gives_the_states_and_logits_that_transformers_has()
 
 
 def test_200_strings_have_the_ids_of_gpt2_but_for_one_renumbering(monkeypatch):
-    merges, rows = read_merges(FOLDERS / "gpt2", 400)
+    merges, rows = read_merges(FOLDERS / "gpt2")
     vocabulary = json.loads((FOLDERS / "gpt2/vocab.json").read_text())
     strings = json.loads((FOLDERS / "gpt2/strings.json").read_text())
     assert len(strings) == 200 and rows[Tokenizer.eos] == vocabulary["<|endoftext|>"]
