@@ -124,6 +124,6 @@ def read_decoder(folder: Path, rows: list[int], block_size: int | None) -> tuple
     for n in range(depth):
         block = theirs.take_block(f"h.{n}.", GPT2_LAYERS, C, turned=True)
         weights |= {f"blocks.{n}.{name}": weight for name, weight in block.items()}
-    theirs.refuse_rest("attn.bias", "attn.masked_bias", "lm_head.weight")
+    theirs.refuse_rest(".attn.bias", ".attn.masked_bias", "lm_head.weight")
     return {"vocab_size": len(tokens), "block_size": size, "n_layer": depth, "n_embd": C,
             "n_head": theirs.number("n_head")}, weights

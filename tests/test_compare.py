@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import random
 import re
 import shutil
 import signal
@@ -262,6 +263,25 @@ def test_a_comparison_is_gone_on_with_only_under_its_own_flags(runs, tiny, tmp_p
     c = plan(*own, "--out", tmp_path / "moved", "--workers", 2, "--save-every", 9)
     for run in sum(c.phases(c.lr), []):
         c.refuse_other_flags(run)  # the control: none is
+
+
+def test_a_comparison_whose_data_chose_the_positions_can_be_gone_on_with(tiny, tmp_path):
+    long = shutil.copytree(tiny, tmp_path / "long")
+    records = json.loads((long / "train.json").read_text())
+    letters = random.Random(0).choices("abcdefghijklmnopqrstuvwxyz", k=400)
+    records[0]["conversations"][0]["value"] = "<image>\n" + "".join(letters)
+    (long / "train.json").write_text(json.dumps(records))
+    without = TINY.index("--block-size")
+    flags = ["--data", long, *TINY[:without], *TINY[without + 2:], "--align-steps", 1, "--steps", 1,
+             "--lr", 0.01, "--seeds", 1, "--masks", "mma", "--out", tmp_path / "out"]
+    c = plan(*flags)
+    runs = sum(c.phases(0.01), [])
+    for run in runs:
+        train.main(c.next_command(run)[2:])
+        c.refuse_other_flags(run)
+    assert nanoaki.load_file(run.folder / "last.pt")["config"]["block_size"] > c.config.block_size
+    with pytest.raises(ValueError, match="align-data: --block-size was"):  # the control
+        plan(*flags, "--block-size", 999).refuse_other_flags(runs[0])
 
 
 def contents(folder: Path) -> dict:
