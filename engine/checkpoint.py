@@ -65,8 +65,9 @@ def settle(cls, flags: dict, resume: bool) -> tuple:
         parts = {name.split(".")[0] for name in state["model"]}
         if "decoder" in parts and state["merges"] is None:
             raise ValueError(f"--init: {start} was saved without a tokenizer")
+        free = INIT if "decoder" in parts else (*INIT, "block_size")  # a new one's data choose it
         for name in flags:
-            if name == "preset" or name in state["config"] and name not in INIT:
+            if name == "preset" or name in state["config"] and name not in free:
                 raise ValueError(f"--init brings its own config: leave out {flag(name)}")
         for part in filter(None, settings.freeze.split(",")):
             if part not in parts:

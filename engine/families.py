@@ -53,8 +53,8 @@ def read_vit(folder: Path, image_size: int | None, layers: int | None) -> tuple[
     for n, block in enumerate(blocks[:kept]):
         weights |= {f"blocks.{n}.{name}": weight for name, weight in block.items()}
     if size % patch:
-        print(f"vit: of {size} pixels {side} patches of {patch} fill {side * patch}, which pictures "
-              f"are fitted into")
+        print(f"vit: of {size} pixels {side} patches of {patch} fill {side * patch}, into which "
+              f"pictures are fitted")
     if side != own_side:
         print(f"vit: positions of {own_side} x {own_side} patches are resized to {side} a side")
         grid = weights["position"].T.reshape(1, C, own_side, own_side)
@@ -77,7 +77,7 @@ def read_siglip(theirs: Published, C: int, depth: int, patch: int, side: int):
 
 
 def read_dinov2(theirs: Published, C: int, depth: int, patch: int, side: int):
-    """The weights of a ViT, and of each of its blocks; what ours does not do is folded into them."""
+    """The weights of a ViT, and of each of its blocks, with what ours does not do folded in."""
     weights = theirs.take_layer("patch", "embeddings.patch_embeddings.projection", C, 3, patch,
                                 patch)
     # Pictures are -1 to 1 here, and there normal in each colour.

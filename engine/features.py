@@ -5,13 +5,12 @@ import shutil
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
 from data.llava import Examples, say_once
 from engine.device import autocast
-from engine.processes import rank_and_world
+from engine.processes import rank_and_world, total
 from nanoaki import NanoAKI, fit_picture
 
 KEY = 32      # bytes before each picture's states: their digest's, written after them
@@ -70,8 +69,8 @@ class Features:
         there = [folder for folder in self.file.absolute().parents if folder.exists()][0]
         missing, free = len(self.missing()), shutil.disk_usage(there).free
         needed = missing * self.size
-        print(f"the ViT is frozen and looks at each picture once: {missing:,} of {len(self.rows):,} "
-              f"are left, {needed / 1e9:.2f} GB for {self.file}")
+        print(f"the ViT is frozen and looks at each picture once: {missing:,} of "
+              f"{len(self.rows):,} are left, {needed / 1e9:.2f} GB for {self.file}")
         if needed > free:
             raise ValueError(f"{self.file}: its disk has {free / 1e9:.2f} GB left, which are less "
                              f"than {needed / 1e9:.2f} GB: fewer pictures, a smaller --image-size, "
@@ -104,8 +103,7 @@ class Features:
                         file.write(key)
                     file.flush()
                 bar.update(len(some))
-        if world > 1:
-            dist.barrier()  # until the shares of all are there
+        total(0)  # a meeting: from here on the shares of all are there
 
     def read(self, paths: list[Path], size: int, skip_bad: bool) -> list[tuple]:
         """(path, key, picture) of those that can be read; ValueError where one cannot, and must."""

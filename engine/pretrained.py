@@ -67,9 +67,10 @@ def make(vit: str, decoder: str, preset: str, out: str, flags: dict) -> None:
     for name in flags:
         if name in brought:
             raise ValueError(f"{flag(name)} is {brought[name]} in the folder: leave it out")
-    config = replace(PRESETS[preset], **{"block_size": 1 << 20} | flags | brought)
-    if "block_size" not in flags | brought:  # train.py makes more of it where data ask for it
-        config = replace(config, block_size=config.visual_tokens + PRESETS[preset].block_size)
+    chosen, few = flags | brought, PRESETS[preset].block_size
+    config = replace(PRESETS[preset], **{"block_size": 1 << 20} | chosen)
+    if "block_size" not in chosen:  # train.py makes more of it where data ask for it
+        config = replace(config, block_size=config.visual_tokens + few)
     save_file({"config": asdict(config), "merges": merges, "model": weights}, out)
     new = [part for part, folder in (("vit", vit), ("projector", ""), ("decoder", decoder))
            if not folder]
@@ -80,7 +81,7 @@ def make(vit: str, decoder: str, preset: str, out: str, flags: dict) -> None:
 def make_parser() -> Parser:
     parser = Parser(__doc__)
     parser.add_argument("--vit", default="", help="folder of a SigLIP or DINOv2")
-    parser.add_argument("--decoder", default="", help="folder of a GPT-2, vocab.json and merges.txt")
+    parser.add_argument("--decoder", default="", help="folder of a GPT-2 and its vocabulary")
     parser.add_argument("--preset", default="nano", choices=list(PRESETS),
                         help="of what is new (default nano)")
     parser.add_argument("--out", required=True, help="checkpoint to write")

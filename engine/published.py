@@ -105,14 +105,14 @@ class Published:
             raise ValueError(f"{self.path}: {key} is {sizes}, not {shape}")
         return found
 
-    def take_layer(self, ours: str, key: str, *shape: int | None, turned=False) -> dict[str, Tensor]:
+    def take_layer(self, ours: str, key: str, *shape: int | None, turned=False) -> dict:
         """Weight and bias under our name; turned, the weight stands there as (columns, rows)."""
         weight = self.take(f"{key}.weight", *(shape[::-1] if turned else shape))
         if turned:
             weight = weight.t().contiguous()
         return {f"{ours}.weight": weight, f"{ours}.bias": self.take(f"{key}.bias", len(weight))}
 
-    def take_block(self, key: str, names: dict[str, str], C: int, turned=False) -> dict[str, Tensor]:
+    def take_block(self, key: str, names: dict[str, str], C: int, turned=False) -> dict:
         """The weights of a Block of width C whose layers are called names[ours] below key.
 
         An MLP of less than 4 C is filled up with zeros, which change nothing. Raises ValueError.

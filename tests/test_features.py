@@ -10,7 +10,7 @@ import torch
 import train
 from data.llava import Examples
 from engine import features, pretrained
-from helpers import make_tiny, metrics, refused, same, spoil, weights
+from helpers import make_tiny, metrics, refused, refused_at_last, same, spoil, weights
 from nanoaki import NanoAKI, ViT
 
 FOLDERS = Path(__file__).parent / "pretrained"
@@ -96,8 +96,8 @@ def test_loader_workers_share_what_the_vit_said(tiny, start, tmp_path):
     assert same(weights(tmp_path / "none/last.pt"), weights(tmp_path / "one/last.pt"))
 
 
-def test_a_killed_run_goes_on_where_it_was_and_ends_as_one_that_was_not(tiny, start, tmp_path, looks,
-                                                                       monkeypatch):
+def test_a_killed_run_goes_on_where_it_was_and_ends_as_one_that_was_not(
+        tiny, start, tmp_path, looks, monkeypatch):
     monkeypatch.setattr(features, "AT_ONCE", 8)
     out, forward = tmp_path / "out", ViT.forward
 
@@ -161,27 +161,18 @@ def test_a_picture_that_changes_under_a_run_is_one_line_and_is_looked_at_again_o
 
     with monkeypatch.context() as patch:
         stop_at(patch, 0, 1, change)
-        said = refused_at_last(capsys, command(data, start, out))
+        said = refused_at_last(capsys, train.main, *command(data, start, out))
     assert f"{picture}: changed since the ViT looked at it" in said and "--skip-bad" in said
     looks.clear()
     train.main(["--resume", "--out", str(out)])
     assert sum(looks) == 1
 
 
-def refused_at_last(capsys, argv: list[str]) -> str:
-    """What a run that has begun ends with: exit code 2, and a line."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as e:
-        train.main(argv)
-    assert e.value.code == 2
-    return capsys.readouterr().err.splitlines()[-1]
-
-
 def test_a_broken_picture_ends_a_run_in_a_line_and_skip_bad_leaves_it_out(tiny, start, tmp_path,
                                                                          capsys):
     data, out = shutil.copytree(tiny, tmp_path / "data"), tmp_path / "out"
     spoil(data / "images/train7.png")
-    said = refused_at_last(capsys, command(data, start, out))
+    said = refused_at_last(capsys, train.main, *command(data, start, out))
     assert "train7.png" in said and "--skip-bad, also with --resume, leaves it out" in said
     train.main(["--resume", "--out", str(out), "--skip-bad"])
     assert "left out: " in capsys.readouterr().err
@@ -211,7 +202,6 @@ def some(tiny, start, tmp_path):
 @pytest.mark.parametrize("turn", [(0, 1, 2), (2, 0, 1)])
 def test_processes_share_the_work_in_whatever_order_they_begin(some, looks, monkeypatch, turn):
     found, model = some
-    monkeypatch.setattr(features.dist, "barrier", lambda: None)
     for rank in turn:  # the later ones find what the earlier have written
         monkeypatch.setattr(features, "rank_and_world", lambda: (rank, 3))
         found.fill(model, "float32", False)

@@ -52,7 +52,7 @@ def test_the_command_prints_what_it_estimates_and_refuses_in_a_line(tmp_path, ca
     first, *lines = capsys.readouterr().out.splitlines()
     assert first == "steps of 2 examples, 4 visual tokens and 20 of text each, in bfloat16:"
     assert [line.split("GB  ")[1] for line in lines] == [*estimate(CONFIG, 1, 1, [], "float32")]
-    for flags, wanted in ((["--tokens", "61"], "61 and 4 visual tokens are more than the model's 64"),
+    for flags, wanted in ((["--tokens", "61"], "61 and 4 visual tokens are more than the"),
                           (["--freeze", "eyes"], "must be vit, decoder or vit,decoder"),
                           (["--batch-size", "0"], "--batch-size must be at least 1")):
         assert wanted in refused(capsys, memory.main, path, *flags)
