@@ -1,4 +1,5 @@
 """What a frozen ViT says of each picture is computed once, kept, and worth as much as anew."""
+import os
 import pickle
 import shutil
 from pathlib import Path
@@ -217,6 +218,11 @@ def test_states_are_the_vits_own_in_half_precision_and_survive_pickling(some):
     states = model.vit(picture[None])[0].half()
     assert torch.equal(found[path], states) and not torch.equal(found[list(found.rows)[4]], states)
     assert torch.equal(pickle.loads(pickle.dumps(found))[path], states)
+    status = path.stat()
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 1_000_000))
+    assert found.missing() == [path]  # it may be another by now
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert not found.missing()
     with torch.no_grad():
         model.vit.norm.bias += 1
     assert len(features.Features(found.file, [], model).missing()) == 0  # of no picture

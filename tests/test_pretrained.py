@@ -253,6 +253,11 @@ def edit(name: str, old: str, new: str):
     return spoil
 
 
+def twice(folder):
+    version, first, *rest = (folder / "merges.txt").read_text(encoding="utf-8").splitlines(True)
+    (folder / "merges.txt").write_text("".join([version, first, first, *rest]), encoding="utf-8")
+
+
 def nothing(folder):
     pass
 
@@ -319,6 +324,7 @@ WTE = "transformer.wte.weight"
     ("gpt2", lambda f: (f / "merges.txt").write_text("#version: 0.2\nab\n"), [],
      "not of one GPT-2 tokenizer (not enough values"),
     ("gpt2", edit("merges.txt", "\n", "\n! \u0101\n"), [], "not of one GPT-2 tokenizer ('!"),
+    ("gpt2", twice, [], "is made twice"),
     ("gpt2", lambda f: (f / "merges.txt").write_text("#version: 0.2\n"), [],
      "143 tokens are made by no merge"),
     ("gpt2", edit("vocab.json", '"!"', '"!!!"'), [], "not of one GPT-2 tokenizer ('!')"),
@@ -509,7 +515,7 @@ def test_a_comparison_begins_both_stages_from_them_and_knows_where_it_began(tiny
         assert two.flags["init"] == str(one.folder / "last.pt")
         assert [line["stage"] for line in metrics(one.folder)] == ["align"]
         assert [line["stage"] for line in metrics(two.folder)] == ["instruct"]
-    other = tmp_path / "other.pt"
+    other = starts["vit"].with_name("other.pt")
     shutil.copy(starts["vit"], other)
     for changed, wanted in ((planned(other), "align-data: --init was"),
                             (planned(starts["vit"], "--batch-size", 9), "--batch-size was 8")):
