@@ -64,9 +64,11 @@ class Published:
         self.config_path, self.path = folder / "config.json", folder / "model.safetensors"
         config = read_json(self.config_path)
         self.type, own = config.get("model_type"), config.get("vision_config", config)
-        if self.type not in list(defaults) or not isinstance(own, dict):
+        if self.type not in list(defaults):
             raise ValueError(f"{self.config_path}: model_type {self.type!r} is none of "
-                             f"{', '.join(defaults)}, with its settings")
+                             f"{', '.join(defaults)}")
+        if not isinstance(own, dict):
+            raise ValueError(f"{self.config_path}: vision_config must be an object, not {own!r}")
         self.config = defaults[self.type] | own
         if not self.path.exists():
             raise ValueError(f"{folder}: there is no model.safetensors; pickles (.bin, .pt) are "

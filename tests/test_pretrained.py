@@ -272,7 +272,7 @@ WTE = "transformer.wte.weight"
     ("siglip", lambda f: (f / "config.json").write_text("[1]"), [], "not a JSON object"),
     ("siglip", change_config(model_type="clip"), [], "model_type 'clip' is none of siglip"),
     ("siglip", change_config(model_type=["siglip"]), [], "model_type ['siglip'] is none of"),
-    ("siglip", change_config(vision_config=7), [], "model_type"),
+    ("siglip", change_config(vision_config=7), [], "vision_config must be an object, not 7"),
     ("siglip", change_config(hidden_act="quick_gelu"), [], "hidden_act must be 'gelu' or"),
     ("siglip", change_config(hidden_act={}), [], "hidden_act must be"),
     ("siglip", change_config(layer_norm_eps="small"), [], "layer_norm_eps must be"),

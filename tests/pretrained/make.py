@@ -81,6 +81,7 @@ def make_gpt2() -> None:
     tokens = torch.tensor(sum(ids, [])[:24]).view(2, 12)
     out = model(tokens, output_hidden_states=True)
     keep("gpt2", model, tokens=tokens, states=out.hidden_states[-1], logits=out.logits)
+    (folder / "generation_config.json").unlink()
 
 
 if __name__ == "__main__":
