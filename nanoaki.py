@@ -256,7 +256,7 @@ class Resampler(nn.Module):
 
     def __init__(self, c: Config):
         super().__init__()
-        self.queries = nn.Parameter(0.02 * torch.randn(1, c.queries, c.vit_embd))
+        self.queries = nn.Parameter(0.02 * torch.randn(1, c.queries, c.vit_embd))  # AdamW's
         self.blocks = nn.ModuleList(Block(c.vit_embd, c.vit_head, c.dropout)
                                     for _ in range(c.query_layer))
         self.norm = nn.LayerNorm(c.vit_embd)
