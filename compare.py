@@ -129,12 +129,11 @@ class Comparison:
         """The training of an entry's weights, and what they are asked as that entry."""
         how, flags = ENTRIES[entry], dict(self.flags)
         if self.aligns:
-            brought = {"align_steps", "align_lr", "preset", *asdict(self.config)} - set(INIT)
+            brought = {"align_lr", "preset", *asdict(self.config)} - set(INIT)
             flags = {name: value for name, value in flags.items() if name not in brought}
             flags["init"] = str(self.stage_1(seed, how.order).folder / "last.pt")
-        elif "init" not in flags:
-            flags["align_steps"] = 0
-        flags |= {"mask": how.mask, "order": how.order, "seed": seed, "lr": lr, "test_sample": 0}
+        flags |= {"align_steps": 0, "mask": how.mask, "order": how.order, "seed": seed, "lr": lr,
+                  "test_sample": 0}
         folder = self.out / f"seed{seed}/{how.weights}-{lr:g}"
         return Run(folder, flags, self.split, how.asked)
 
@@ -178,11 +177,14 @@ class Comparison:
             saved = saved["config"] | saved["settings"]
             wanted = asdict(self.config) | pick(Config, run.flags)
             wanted |= asdict(Settings(**pick(Settings, run.flags)))
-            if self.aligns:  # the comparison's folder may have another name by now
+            if self.aligns and run.flags["steps"]:  # the comparison's folder may have been renamed
                 for known in saved, wanted:
                     known["init"] = Path(known["init"]).parent.name
+            free = RESUMED
+            if "block_size" not in self.flags:  # then the data may have chosen it
+                free = (*RESUMED, "block_size")
             for name, value in wanted.items():
-                if name not in RESUMED and saved.get(name) != value:
+                if name not in free and saved.get(name) != value:
                     raise ValueError(f"{run.folder}: {flag(name)} was {saved.get(name)!r} there, "
                                      f"not {value!r}: choose another --out")
 
@@ -308,7 +310,7 @@ def plan(masks: str, seeds: int, jobs: int | None, flags: dict) -> Comparison:
     jobs = jobs or (min(cores, 4) if device.type == "cpu" else 1)
     if not file_of(folder, "train"):
         raise ValueError(f"there is no {folder / 'train.json'}")
-    aligns = settings.align_steps > 0 and not settings.init and (folder / "captions.json").exists()
+    aligns = settings.align_steps > 0 and (folder / "captions.json").exists()
     return Comparison(
         out, entries, list(range(settings.seed, settings.seed + seeds)),
         {name: value for name, value in flags.items() if name not in ("out", "seed", "lr")},

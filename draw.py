@@ -32,7 +32,8 @@ from engine.flags import Parser, check_asked, one_line, run_script
 from engine.folder import write_whole
 from engine.fonts import LINE, text
 from engine.page import make_page
-from engine.pictures import GAP, frame, join, legend, padded
+from engine.pictures import (GAP, THUMB, frame, join, legend, lit, lit_cells, lit_places,
+                             padded)
 from engine.views import View, short
 from nanoaki import (ANSWER, IMAGE, MASKS, PAD, PROMPT, NanoAKI, build_sequence, fit_picture,
                      place_pictures)
@@ -40,13 +41,12 @@ from nanoaki import (ANSWER, IMAGE, MASKS, PAD, PROMPT, NanoAKI, build_sequence,
 # Layout, in pixels; in a terminal, in columns.
 SIDE, CELL = 560, (2, 22)   # a mask's side where the cells' least and largest side allow it
 BAND = 6                    # thickness of the segments' colours
-LABEL, THUMB = 100, 132     # longest label, side of a picture under a light
-SHADE = np.array((8, 10, 14)), 0.6      # over what has no weight: a colour, how much it covers
-GLOW = np.array((255, 220, 120)), 0.25  # over what has most
+LABEL = 100                 # longest label
 MOST = 6                    # pictures in a row
 EDGE = 18                   # columns before a mask's rows
 
 TEXT_BEFORE = "text stands before a picture here: that alone moves its tokens"
+QUERIES = "{} learned queries read a picture and have no place in it: each cell is one of them"
 PARTS = "A letter outside the vocabulary is several tokens: 1/2 is the first of two."
 
 
@@ -209,30 +209,25 @@ def can_color() -> bool:
     return sys.stdout.isatty() and sys.stdout.encoding.lower().startswith("utf") and not plain
 
 
-def lit(square: np.ndarray, share: np.ndarray) -> Image.Image:
-    """A picture (H, W, 3) under a light: shares (H, W, 1) of the largest weight, from 0 to 1."""
-    dim, bright = (square * (1 - cover) + color * cover for color, cover in (SHADE, GLOW))
-    return Image.fromarray((dim * (1 - share) + bright * share).astype(np.uint8))
-
-
-def map_rows(title: str, square: Image.Image, names: list[str], rows: dict[str, Tensor],
+def map_rows(title: str, thumb: np.ndarray | None, names: list[str], rows: dict[str, Tensor],
              alone: bool = False):
-    """Rows of lit pictures, a column a name; each row has its scale, or each picture alone has."""
+    """Rows of a picture (or of cells) under light, a column a name, a scale a row, or each alone.
+
+    thumb is the picture (THUMB, THUMB, 3), None where visual tokens have no place in it.
+    """
     columns = [padded(text(name, limit=THUMB), (THUMB, LINE)) for name in names]
     lines = [text(title), join([padded(text(""), (LABEL, LINE)), *columns], gap=4)]
-    thumb = np.asarray(square.resize((THUMB, THUMB), Image.Resampling.BICUBIC), np.float32)
     shares = np.linspace(0, 1, LABEL - GAP)[None, :, None].repeat(LINE // 2, 0)
     ramp = lit(np.full((*shares.shape[:2], 3), 128.0), shares)
     for name, values in rows.items():  # (names, visual tokens)
-        tops, side = values.amax(-1), int(values.shape[-1] ** 0.5)
+        tops = values.amax(-1)
         scale = "each to its largest" if alone else f"0 to {float(tops.max()):.2g}"
         label = join([text(name), ramp, text(scale, "gray")], down=True, gap=3)
         line = [padded(label, (LABEL, THUMB), (0, THUMB // 2 - label.height // 2))]
         for weights, top in zip(values, tops):
-            share = (weights / (top if alone else tops.max()).clamp(min=1e-30)).view(side, side)
-            share = Image.fromarray(share.numpy()).resize((THUMB, THUMB), Image.Resampling.NEAREST)
-            line.append(join([lit(thumb, np.asarray(share)[..., None]),
-                              text(f"to {top:.2g}", "gray")], down=True, gap=1))
+            shares = weights / (top if alone else tops.max()).clamp(min=1e-30)
+            shown = lit_cells(shares) if thumb is None else lit_places(thumb, shares)
+            line.append(join([shown, text(f"to {top:.2g}", "gray")], down=True, gap=1))
         lines.append(join(line, gap=4))
     return join(lines, down=True, gap=4)
 
@@ -284,13 +279,16 @@ def draw_attention(model: NanoAKI, pictures: list, questions: list[str], mask: s
             return {"mean of layers": w.mean(0)}
         return {f"layer {layer}": w[layer - 1] for layer in layers}
 
-    squares, sheet, text_before = fit_squares(pictures, c), [], False
+    sheet, text_before = [], False
+    squares = [square.resize((THUMB, THUMB), Image.Resampling.BICUBIC)
+               for square in fit_squares(pictures, c)]
+    thumbs = [None if c.queries else np.asarray(square, np.float32) for square in squares]
     for question in questions:
         maps = attention_maps(model, pictures, question, mask, None, history, system)
         text_before = text_before or has_text_before(maps.roles)
-        for square, looks, reads in zip(squares, maps.looks.split(V, -1), maps.reads.split(V, -1)):
-            thumb = square.resize((THUMB, THUMB), Image.Resampling.BICUBIC)
-            sheet.append(join([thumb, join([text(question), text(maps.answer)], down=True)],
+        for square, thumb, looks, reads in zip(squares, thumbs, maps.looks.split(V, -1),
+                                               maps.reads.split(V, -1)):
+            sheet.append(join([square, join([text(question), text(maps.answer)], down=True)],
                               gap=GAP))
             for title, names, weights, alone in (
                     ("where each token of the answer looks", maps.tokens, looks, True),
@@ -300,14 +298,16 @@ def draw_attention(model: NanoAKI, pictures: list, questions: list[str], mask: s
                     sheet.append(text("no visual token reads a word of the question"))
                     continue
                 shown = most_read(title, names, rows(weights))
-                sheet.append(map_rows(shown[0], square, *shown[1:], alone))
+                sheet.append(map_rows(shown[0], thumb, *shown[1:], alone))
     if len(questions) == 2:
         moved = movement(model, pictures, questions, mask, history, system)[-1:].split(V, -1)
         sheet += [map_rows("how far each visual token's state, a vector, moves when the question "
-                           "changes, in its lengths", square, [""], {"last layer": part})
-                  for square, part in zip(squares, moved)]
+                           "changes, in its lengths", thumb, [""], {"last layer": part})
+                  for thumb, part in zip(thumbs, moved)]
         if text_before:
             sheet.append(text(TEXT_BEFORE))
+    if c.queries:
+        sheet.append(text(QUERIES.format(c.queries)))
     heads = "mean of all heads" if head is None else f"head {head}"
     sheet.append(text(f"attention weights under mask {mask or c.mask}, {heads}: what is read, not "
                       f"an explanation of the answer", "gray"))
@@ -337,6 +337,8 @@ def page_of_model(args, masks: list[str], model: NanoAKI, history: list, system:
     moved, notes = [], ["Attention weights are what is read, not an explanation of the answer."]
     if has_parts:
         notes.append(PARTS)
+    if c.queries:
+        notes.append(QUERIES.format(c.queries) + ".")
     if len(args.ask) == 2:
         moved = [movement(model, args.image, args.ask, mask, history, system)
                  for mask in masks]
@@ -347,7 +349,8 @@ def page_of_model(args, masks: list[str], model: NanoAKI, history: list, system:
                      "has not learned.")
     return make_page(args.out, views, args.ask, c.visual_tokens, c.mask,
                      f"{args.model}: {c.n_layer} layers, {c.n_head} heads, trained under {c.mask}",
-                     fit_squares(args.image, c), moved, notes, args.layer, args.head)
+                     fit_squares(args.image, c), moved, notes, args.layer, args.head,
+                     placed=not c.queries)
 
 
 def page_of_masks(args, masks: list[str], roles: Tensor, labels: list[list[str]]) -> str:

@@ -15,8 +15,10 @@ generation. Part two is what stands around it: config, tokenizer, sequence, pict
 from __future__ import annotations
 
 import codecs
+import heapq
 import os
 import re
+import sys
 from collections import Counter, defaultdict
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
@@ -167,15 +169,16 @@ class Cache:
 
 
 class Block(nn.Module):
-    """GPT-2's block, and SigLIP's (arXiv 2303.15343): only the mask tells them apart."""
+    """GPT-2's block, SigLIP's (arXiv 2303.15343), DINOv2's (2304.07193): the mask parts them."""
 
-    def __init__(self, n_embd: int, n_head: int, dropout: float):
+    def __init__(self, n_embd: int, n_head: int, dropout: float, eps: float = 1e-5,
+                 gelu: str = "tanh"):
         super().__init__()
-        self.n_head, self.dropout = n_head, dropout
-        self.norm1 = nn.LayerNorm(n_embd)
+        self.n_head, self.dropout, self.gelu = n_head, dropout, gelu
+        self.norm1 = nn.LayerNorm(n_embd, eps)
         self.qkv = nn.Linear(n_embd, 3 * n_embd)
         self.out = nn.Linear(n_embd, n_embd)
-        self.norm2 = nn.LayerNorm(n_embd)
+        self.norm2 = nn.LayerNorm(n_embd, eps)
         self.up = nn.Linear(n_embd, 4 * n_embd)
         self.down = nn.Linear(4 * n_embd, n_embd)
 
@@ -193,32 +196,38 @@ class Block(nn.Module):
         if cache is not None:
             k, v = cache.extend(k, v)
         if start:
-            x, q, mask = x[:, start:], q[:, :, start:], mask[:, :, start:]
+            x, q = x[:, start:], q[:, :, start:]
+            mask = None if mask is None else mask[:, :, start:]
         y = attend(q, k, v, mask, p)
         x = x + F.dropout(self.out(y.transpose(1, 2).reshape(x.shape)), p)
-        y = F.gelu(self.up(self.norm2(x)), approximate="tanh")          # (B, T, 4 C)
+        y = F.gelu(self.up(self.norm2(x)), approximate=self.gelu)       # (B, T, 4 C)
         return x + F.dropout(self.down(y), p)
 
 
 class ViT(nn.Module):
-    """Vision transformer (arXiv 2010.11929) without class token."""
+    """Vision transformer (arXiv 2010.11929): patches, which may read class tokens of their own."""
 
     def __init__(self, c: Config):
         super().__init__()
-        patches = (c.image_size // c.patch_size) ** 2
         self.patch = nn.Conv2d(3, c.vit_embd, c.patch_size, stride=c.patch_size)
-        self.position = nn.Parameter(0.02 * torch.randn(patches, c.vit_embd))
-        self.blocks = nn.ModuleList(Block(c.vit_embd, c.vit_head, c.dropout)
-                                    for _ in range(c.vit_layer))
-        self.norm = nn.LayerNorm(c.vit_embd)
+        self.position = nn.Parameter(0.02 * torch.randn(c.patches, c.vit_embd))
+        self.classes = None
+        if c.vit_classes:
+            self.classes = nn.Parameter(0.02 * torch.randn(c.vit_classes, c.vit_embd))
+        self.blocks = nn.ModuleList(
+            Block(c.vit_embd, c.vit_head, c.dropout, c.vit_eps, c.vit_gelu)
+            for _ in range(c.vit_layer))
+        self.norm = nn.LayerNorm(c.vit_embd, c.vit_eps)
 
     def forward(self, images: Tensor) -> Tensor:
         """uint8 (N, 3, H, W) -> (N, patches, vit_embd), patches row by row."""
         x = images.to(self.position.dtype) / 127.5 - 1                  # -1 to 1
         x = self.patch(x).flatten(2).transpose(1, 2) + self.position    # (N, patches, vit_embd)
+        if self.classes is not None:
+            x = torch.cat([self.classes.expand(len(x), -1, -1), x], 1)
         for block in self.blocks:
             x = block(x, mask=None)                                     # all patches see all
-        return self.norm(x)
+        return self.norm(x[:, -len(self.position):])
 
 
 class Projector(nn.Module):
@@ -237,6 +246,28 @@ class Projector(nn.Module):
         x = x.view(N, side, m, side, m, C).transpose(2, 3)              # (N, side, side, m, m, C)
         x = x.reshape(N, side * side, m * m * C)
         return self.down(F.gelu(self.up(x), approximate="tanh"))
+
+
+class Resampler(nn.Module):
+    """AKI's connector in the projector's place, a Perceiver (arXiv 2103.03206, 2204.14198).
+
+    Learned queries read all patches, and one another, in a few blocks; each is a visual token.
+    """
+
+    def __init__(self, c: Config):
+        super().__init__()
+        self.queries = nn.Parameter(0.02 * torch.randn(1, c.queries, c.vit_embd))  # AdamW's
+        self.blocks = nn.ModuleList(Block(c.vit_embd, c.vit_head, c.dropout)
+                                    for _ in range(c.query_layer))
+        self.norm = nn.LayerNorm(c.vit_embd)
+        self.up = nn.Linear(c.vit_embd, c.n_embd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, patches, vit_embd) -> (N, queries, n_embd)."""
+        queries = self.queries.expand(len(x), -1, -1)
+        for block in self.blocks:
+            queries = block(torch.cat([x, queries], 1), mask=None, start=x.shape[1])
+        return self.up(self.norm(queries))
 
 
 class Decoder(nn.Module):
@@ -284,26 +315,41 @@ class Model(nn.Module):
         super().__init__()
         self.config = config
         self.flex = False  # flex_attention in loss: for long sequences in training, on a GPU
-        self.vit, self.projector, self.decoder = ViT(config), Projector(config), Decoder(config)
+        connector = Resampler if config.queries else Projector
+        self.vit, self.projector, self.decoder = ViT(config), connector(config), Decoder(config)
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
-        for blocks in (self.vit.blocks, self.decoder.blocks):  # GPT-2: each block adds twice
+        stacks = [module for module in self.modules() if isinstance(module, nn.ModuleList)]
+        for blocks in stacks:  # GPT-2: each block adds twice
             for layer in [layer for block in blocks for layer in (block.out, block.down)]:
                 nn.init.normal_(layer.weight, std=0.02 / (2 * len(blocks)) ** 0.5)
 
+    def take(self, weights: dict[str, Tensor]) -> list[str]:
+        """Load weights, in which whole parts may be missing; return their names, which stay new.
+
+        Raises RuntimeError, torch's, where the others are not whole or have other shapes.
+        """
+        new = [name for name, _ in self.named_children()
+               if not any(key.startswith(f"{name}.") for key in weights)]
+        own = {key: w for key, w in self.state_dict().items() if key.split(".")[0] in new}
+        self.load_state_dict(own | weights)
+        return new
+
     def see(self, images: Tensor) -> Tensor:
-        """Visual tokens (N, V, n_embd) of images uint8 (N, 3, H, W)."""
-        return self.projector(self.vit(images))
+        """Visual tokens (N, V, n_embd) of images uint8 (N, 3, H, W), or of what the ViT says."""
+        if images.dtype == torch.uint8:
+            images = self.vit(images)
+        return self.projector(images.to(self.projector.up.weight.dtype))
 
     def embed(self, visual: Tensor, flat: Tensor, tokens: Tensor, roles: Tensor) -> Tensor:
         """Embeddings (B, T, n_embd) of tokens, and of visual (n, V, n_embd) at flat indices."""
         x = self.decoder.token(tokens)
         x = x.flatten(0, 1).index_copy(0, flat, visual.flatten(0, 1).to(x.dtype)).view_as(x)
         x = x + self.decoder.position(positions(roles))
-        return F.dropout(x, self.config.dropout, self.training)
+        return F.dropout(x, self.config.dropout, self.decoder.training)
 
     def loss(self, batch: Batch, mask: str | None = None) -> Tensor:
         """Training's entrance: forward's loss, of a Batch; the host waits for no value of it."""
@@ -357,9 +403,11 @@ class Model(nn.Module):
         c, side = self.config, self.config.image_size
         if images is None:
             images = torch.zeros(0, 3, side, side, dtype=torch.uint8, device=tokens.device)
-        if images.dtype != torch.uint8 or images.shape[1:] != (3, side, side):
-            raise ValueError(f"images must be uint8 (N, 3, {side}, {side}), not {images.dtype} "
-                             f"{tuple(images.shape)}")
+        pixels, seen = (torch.uint8, (3, side, side)), (torch.float16, (c.patches, c.vit_embd))
+        if (images.dtype, images.shape[1:]) not in (pixels, seen):
+            raise ValueError(f"images must be uint8 (N, 3, {side}, {side}), or float16 (N, "
+                             f"{c.patches}, {c.vit_embd}), what the ViT says of them, not "
+                             f"{images.dtype} {tuple(images.shape)}")
         if shown is None:
             shown = torch.arange(len(images), device=tokens.device)
         if shown.dtype != torch.int64 or ((shown < 0) | (shown >= len(images))).any():
@@ -483,6 +531,13 @@ class Config:
     vit_layer: int = knob(2, "ViT blocks", 1)
     vit_head: int = knob(3, "ViT attention heads; divides vit_embd", 1)
     vit_embd: int = knob(96, "ViT width", 1)
+    vit_classes: int = knob(0, "class tokens of a published ViT: a new one needs none", 0)
+    vit_eps: float = knob(1e-5, "of the ViT's LayerNorms: published ones differ", 0)
+    vit_gelu: str = knob("tanh", "the ViT's GELU: by tanh, or exact ('none')",
+                         choices=["tanh", "none"])
+    queries: int = knob(0, "learned queries of a Perceiver resampler, AKI's connector: that many "
+                           "visual tokens; 0: an MLP", 0)
+    query_layer: int = knob(2, "blocks of the resampler: AKI has 6", 1)
     dropout: float = knob(0.0, "share of activations dropped in training: helps if data are few", 0)
     mask: str = knob("mma", "attention mask: " + ", ".join(MASKS), choices=list(MASKS))
     order: str = knob("data", "pictures where the data have them, or before ('image') or after "
@@ -498,6 +553,9 @@ class Config:
         side = self.image_size // self.patch_size
         if side % self.merge:
             raise ValueError(f"merge {self.merge} must divide the {side} patches of a side")
+        if self.queries and self.merge > 1:
+            raise ValueError(f"queries {self.queries} read all patches: merge must be 1, not "
+                             f"{self.merge}")
         if self.block_size <= self.visual_tokens:
             raise ValueError(f"block_size {self.block_size} must be more than the "
                              f"{self.visual_tokens} visual tokens of one image")
@@ -505,9 +563,14 @@ class Config:
             raise ValueError(f"dropout must be below 1, not {self.dropout}")
 
     @property
+    def patches(self) -> int:
+        """Patches of one image."""
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
     def visual_tokens(self) -> int:
         """Visual tokens of one image."""
-        return (self.image_size // self.patch_size // self.merge) ** 2
+        return self.queries or self.patches // self.merge ** 2
 
 
 PRESETS = {
@@ -531,15 +594,22 @@ def _merge(ids: list[int], pair: tuple[int, int], new: int) -> list[int]:
     return merged
 
 
+# Characters as GPT-2 sorts them. To Python, ½ and Ⅷ are of a word, and U+001C to U+001F spaces.
+FRACTIONS = "".join(c for c in map(chr, range(sys.maxunicode + 1))
+                    if c.isnumeric() and not c.isdecimal() and not c.isalpha())
+LETTER, NUMBER = rf"[^\W\d_{FRACTIONS}]", rf"[\d{FRACTIONS}]"
+SPACE, OTHER = r"[^\S\x1c-\x1f]", r"(?:[^\w\s]|[_\x1c-\x1f])"
+
+
 class Tokenizer:
     """Byte-level BPE (arXiv 1508.07909; GPT-2): 256 bytes, four special tokens, then merges.
 
     Text becomes bytes and merges of bytes, so no text can become a special token, and every string
-    that UTF-8 can encode round-trips. No merge crosses the words of `words`, at most 33 characters
-    each, which bounds the time that any text can take.
+    that UTF-8 can encode round-trips. No merge crosses the words that GPT-2 splits a text into.
     """
     image, answer, eos, pad = 256, 257, 258, 259
-    words = re.compile(r" ?[^\W\d]{1,32}| ?\d| ?[^\w\s]{1,32}|\s{1,32}")
+    words = re.compile(rf"'(?:[sdmt]|ll|ve|re)| ?{LETTER}+| ?{NUMBER}+| ?{OTHER}+"
+                       rf"|{SPACE}+(?={SPACE}|\Z)|{SPACE}+")
 
     def __init__(self, merges):
         self.merges = [tuple(pair) for pair in merges]
@@ -560,7 +630,8 @@ class Tokenizer:
         """
         if vocab_size < 260:
             raise ValueError(f"vocab_size {vocab_size} must be at least 260: bytes and specials")
-        counts = Counter(word for text in texts for word in cls.words.findall(text))
+        counts = Counter(word[i:i + 32] for text in texts for word in cls.words.findall(text)
+                         for i in range(0, len(word), 32))  # a word may be as long as a text
         words = [(list(word.encode()), n) for word, n in counts.items()]
         pairs, words_with, merges = Counter(), defaultdict(dict), []
 
@@ -589,15 +660,31 @@ class Tokenizer:
         ids = []
         for word in self.words.findall(text):
             if word not in self.known:
-                part = list(word.encode())
-                while len(part) > 1:
-                    pair = min(zip(part, part[1:]), key=lambda p: self.ids.get(p, len(self)))
-                    if pair not in self.ids:
-                        break
-                    part = _merge(part, pair, self.ids[pair])
-                self.known[word] = part
+                self.known[word] = self.encode_word(word)
             ids += self.known[word]
         return ids
+
+    def encode_word(self, word: str) -> list[int]:
+        """Of all pairs that can be merged, the one learned first is, in n log n of a word's bytes.
+
+        A merged token stands where its first part stood, and None where its second did.
+        """
+        ids = list(word.encode())
+        n = len(ids)
+        before, after = list(range(-1, n)), list(range(1, n + 1))  # the places of its neighbours
+        waiting = [(self.ids[pair], i) for i, pair in enumerate(zip(ids, ids[1:]))
+                   if pair in self.ids]
+        heapq.heapify(waiting)
+        while waiting:
+            new, i = heapq.heappop(waiting)
+            j = after[i]
+            if ids[i] is None or j == n or self.ids.get((ids[i], ids[j])) != new:
+                continue  # one of the two is part of another by now
+            ids[i], ids[j], after[i], before[after[j]] = new, None, after[j], i
+            for left, right in ((before[i], i), (i, after[i])):
+                if left >= 0 and right < n and (ids[left], ids[right]) in self.ids:
+                    heapq.heappush(waiting, (self.ids[ids[left], ids[right]], left))
+        return [i for i in ids if i is not None]
 
     def decode(self, ids) -> str:
         """Text of ids: special tokens have none, nor has a character that is cut off at the end.
@@ -811,20 +898,25 @@ class NanoAKI(Model):
                    "merges": None if self.tokenizer is None else self.tokenizer.merges}, path)
 
     @classmethod
-    def load(cls, path) -> "NanoAKI":
-        """The model saved at path, on the CPU, in eval mode; raises ValueError if there is none."""
+    def load(cls, path, new_parts: bool = False) -> "NanoAKI":
+        """The model saved at path, on the CPU, in eval mode; raises ValueError if there is none.
+
+        With new_parts, those are new that a file of published weights lacks; else they are missed.
+        """
         state = load_file(path)
         try:
             tokenizer = None if state["merges"] is None else Tokenizer(state["merges"])
             model = cls(Config(**state["config"]), tokenizer)
-            model.load_state_dict(state["model"])
+            new = model.take(state["model"])
         except (KeyError, IndexError, TypeError, AttributeError, RuntimeError, ValueError) as e:
             reason = " ".join(str(e).split())[:200]
             raise ValueError(f"{path}: config, tokenizer and weights do not fit: {reason}") from e
+        if new and not new_parts:
+            raise ValueError(f"{path} has no {' and no '.join(new)} yet: train.py --init {path}")
         return model.eval()
 
 
-VERSION = 2  # of checkpoints: in the first the head was the embedding
+VERSION = 3  # of checkpoints: until the second, text was split into words otherwise
 
 
 def save_file(state: dict, path) -> None:
@@ -854,12 +946,9 @@ def load_file(path) -> dict:
     version = state.get("nanoaki") if isinstance(state, dict) else None
     if not isinstance(version, int):
         raise ValueError(f"{path}: a checkpoint, but not one of nanoAKI")
-    if version > VERSION:
+    if version != VERSION:
         raise ValueError(f"{path}: a checkpoint of version {version}, and this nanoAKI reads those "
-                         f"up to {VERSION}: a newer one is needed")
-    if version == 1:
-        weights = state.get("model", {})
-        weights["decoder.head.weight"] = weights.get("decoder.token.weight")
+                         f"of {VERSION}: the nanoAKI that wrote it is needed, or a new training")
     return state
 
 

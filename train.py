@@ -30,6 +30,7 @@ from engine.checkpoint import Progress, same_data, save_run, saved_progress, set
 from engine.command import ask_command, example_to_ask
 from engine.device import Objective, choose_device, in_bfloat16, keep_freed_memory
 from engine.evaluation import draw_answered, examine, report
+from engine.features import Features
 from engine.flags import Parser, one_line, quoted, run_script
 from engine.folder import Metrics, hold, refuse_used, save_picture, write_whole
 from engine.optimizer import make_optimizers, schedule
@@ -52,7 +53,8 @@ class Settings:
     order: str = knob("data", "pictures where the data have them, before the text ('image') or "
                               "after it ('text') of their turn, or each in turn ('dual')",
                       choices=["data", "image", "text", "dual"])
-    init: str = knob("", "checkpoint to begin stage 2 from, with its tokenizer and config")
+    init: str = knob("", "checkpoint to begin from, with its tokenizer and config: a trained one, "
+                         "in stage 2 but for --align-steps, or engine/pretrained.py's, in stage 1")
     freeze: str = knob("", "vit, decoder or both, with a comma: keep them as --init has them")
     batch_size: int = knob(32, "examples a step, over all processes: more are slower, steadier", 1)
     grad_accum: int = knob(1, "parts that a process splits its share of a batch into: less memory",
@@ -95,7 +97,7 @@ class Settings:
             raise ValueError("freeze needs init: a part that was never trained knows nothing")
         if self.attention == "flex" and self.compile:
             raise ValueError("attention flex compiles itself: it needs compile off")
-        if not self.steps and (self.init or not self.align_steps):
+        if not self.steps and not self.align_steps:
             raise ValueError("there is nothing to train: steps is 0, and there is no stage 1")
 
 
@@ -130,6 +132,14 @@ class Run:
         self.began = self.saved = time.perf_counter()
         self.waited = self.trained = self.evaluated = 0.0  # seconds of this process
         self.said = set()  # why examples were left out
+        self.learn()
+
+    def learn(self) -> None:
+        """Into training mode, with which dropout comes, but for frozen parts."""
+        self.model.train()
+        for part in self.model.children():
+            if not any(p.requires_grad for p in part.parameters()):
+                part.eval()
 
     def step(self, stage: Stage, parts: tuple[Batch, ...], targets: int) -> float:
         """Batch, loss, gradient, optimizers; returns the loss.
@@ -263,7 +273,7 @@ class Run:
         self.model.eval()
         loss, answered = examine(self.objective, stage.held_out, stage.eval_sample, stage.mask,
                                  instruct, **self.how)
-        self.model.train()
+        self.learn()
         if not answered:
             print("no held-out picture can be read: there is nothing to evaluate")
             return
@@ -325,14 +335,14 @@ def prepare(s: Settings, config: Config, state: dict | None, longer: bool):
     state is a checkpoint whose tokenizer is taken; longer lets the data choose block_size.
     """
     folder, stages = shapes.find(s.data), []
-    records = read_splits(folder, s.skip_bad, captions=not s.init and s.align_steps > 0)
-    if state:
+    records = read_splits(folder, s.skip_bad, captions=s.align_steps > 0)
+    if state and state["merges"] is not None:
         tokenizer = Tokenizer(state["merges"])
     else:
         tokenizer, config = fit_tokens(records, config, longer)
     made = {name: Examples(records[name], tokenizer, config, s.skip_bad)
             for name in ("train", "val", "test") if name in records}
-    if s.init:
+    if s.init and not s.align_steps:
         print(f"stage 1 is skipped: the weights are those of {s.init}")
     elif "captions" not in records:
         print("stage 1 is skipped: no captions.json" if s.align_steps else "stage 1 is skipped")
@@ -400,8 +410,9 @@ def train(argv: list[str] | None) -> None:
     if s.attention == "flex" and config.dropout:
         raise ValueError(f"attention flex has no dropout: it must be 0, not {config.dropout}")
     state = load_file(path) if path else None
+    longer = "block_size" not in flags and not (state and "decoder.norm.weight" in state["model"])
     tokenizer, config, stages, examples, digests = first_does(
-        lambda: prepare(s, config, state, not state and "block_size" not in flags))
+        lambda: prepare(s, config, state, longer))
     progress = saved_progress(state) if resume else Progress(data=digests)
     first_does(lambda: same_data(progress.data, digests, s, flags))
     torch.manual_seed(s.seed)
@@ -413,7 +424,13 @@ def train(argv: list[str] | None) -> None:
     for part in filter(None, s.freeze.split(",")):
         getattr(model, part).requires_grad_(False)
     if state:
-        model.load_state_dict(state["model"])
+        model.take(state["model"])
+    features, shown = None, [some for stage in stages for some in (stage.examples, stage.held_out)]
+    if s.steps and s.test_sample:
+        shown.append(examples)
+    if "vit" in s.freeze and not s.augment:
+        features = Features(out / "features.f16", shown, model)
+        first_does(features.check_room)
     keep_freed_memory()  # from here on: what reading took is given back
     out.mkdir(parents=True, exist_ok=True)
     with hold(out) if rank == 0 else nullcontext():
@@ -429,6 +446,10 @@ def train(argv: list[str] | None) -> None:
         else:
             run.save()
         state = None  # as large as the model and its optimizers
+        if features:
+            features.fill(model, s.dtype, s.skip_bad)
+            for some in shown:
+                some.features = features
         run.train()
         if s.steps and s.test_sample:
             test(run, examples)

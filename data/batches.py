@@ -120,7 +120,7 @@ def make_batch(examples: Examples, indices: list[int], picture_order: str,
         try:
             for path in example.pictures:
                 if path not in images:
-                    images[path] = examples.picture(path)
+                    images[path] = examples.look(path)
             rows.append(example)
         except ValueError as e:
             if not examples.skip_bad:
@@ -132,8 +132,10 @@ def make_batch(examples: Examples, indices: list[int], picture_order: str,
             images[path] = augment(images[path], np.random.default_rng([*augment_seed, name]))
     number = {path: n for n, path in enumerate(images)}
     shown = [number[path] for example in rows for path in example.pictures]
-    size = examples.config.image_size  # of one that is not shown: DDP waits for every gradient
-    pictures = list(images.values()) or [torch.zeros(3, size, size, dtype=torch.uint8)]
+    pictures = list(images.values())
+    if not pictures:  # one that is not shown: DDP waits for every gradient
+        size = examples.config.image_size
+        pictures = [torch.zeros(3, size, size, dtype=torch.uint8)]
     tokens, roles, targets = pad_batch([example.whole for example in rows] or [NOTHING])
     row, column = (targets != -100).nonzero().unbind(1)
     return Batch(torch.stack(pictures), torch.tensor(shown, dtype=torch.int64), tokens,

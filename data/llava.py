@@ -332,6 +332,7 @@ class Examples:
                  skip_bad: bool = False):
         self.records, self.tokenizer, self.config = records, tokenizer, config
         self.replies, self.skip_bad, self.said = records.replies, skip_bad, set()
+        self.features = None  # what a frozen ViT says of each picture, where it has looked
         bad = self.too_long()
         refuse(records.path, list(bad.values()), len(self), skip_bad)
         self.skipped = records.skipped + len(bad)
@@ -368,6 +369,10 @@ class Examples:
         """uint8 (3, image_size, image_size); raises ValueError if the file is no picture."""
         return fit_picture(path, self.config.image_size)
 
+    def look(self, path: Path) -> Tensor:
+        """What a model is given of a picture: its pixels, or what a frozen ViT says of them."""
+        return self.picture(path) if self.features is None else self.features[path]
+
     def readable(self, indices: list[int]) -> list[int]:
         """Those whose pictures can be read now: with skip_bad; else, which cannot is an error."""
         if not self.skip_bad:
@@ -375,7 +380,7 @@ class Examples:
         some, broken = self.some(indices, self.config.order), set()
         for path in {path: True for example in some for path in example.pictures}:
             try:
-                self.picture(path)
+                self.look(path)
             except ValueError as e:
                 broken.add(path)
                 say_once(f"left out: {e}", self.said)

@@ -8,12 +8,12 @@ import torch
 from engine.flags import as_command, flag, pick, quoted
 from engine.folder import refuse_used
 from engine.processes import rank_and_world
-from nanoaki import PRESETS, VERSION, Config, NanoAKI, load_file, save_file
+from nanoaki import PRESETS, Config, NanoAKI, load_file, save_file
 
 RESUMED = ("out", "device", "workers", "save_every", "vocab_size")  # flags free on --resume
 THERE = ("data", "skip_bad")  # free too: the folder may have moved, a picture may have broken
 INIT = ("mask", "dropout", "order")  # fields of Config free with --init
-STAGE_1 = ("align_steps", "align_lr", "preset")  # settings that --init leaves no use for
+STAGE_1 = ("align_steps", "align_lr", "preset")  # settings that a trained --init has no use for
 
 
 @dataclass
@@ -52,8 +52,7 @@ def settle(cls, flags: dict, resume: bool) -> tuple:
     if resume:
         start = out / "last.pt"
         state = load_file(start)
-        if (state["nanoaki"] != VERSION
-                or not {"optimizers", *(f.name for f in fields(Progress))} <= state.keys()
+        if (not {"optimizers", *(f.name for f in fields(Progress))} <= state.keys()
                 or set(state["settings"]) != {f.name for f in fields(cls)}):
             raise ValueError(f"{start}: not a run of this version that can be resumed; "
                              f"--init takes its model")
@@ -62,15 +61,21 @@ def settle(cls, flags: dict, resume: bool) -> tuple:
     elif settings.init:
         refuse_used(out)
         start, state = settings.init, load_file(settings.init)
-        config = NanoAKI.load(settings.init).config
-        if state["merges"] is None:
+        config = NanoAKI.load(start, new_parts=True).config
+        parts = {name.split(".")[0] for name in state["model"]}
+        if "decoder" in parts and state["merges"] is None:
             raise ValueError(f"--init: {start} was saved without a tokenizer")
+        free = INIT if "decoder" in parts else (*INIT, "block_size")  # a new one's data choose it
         for name in flags:
-            if name in STAGE_1 or name in state["config"] and name not in INIT:
-                raise ValueError(f"--init brings its own config and skips stage 1: leave out "
-                                 f"{flag(name)}")
-        config = replace(config, **config_flags(flags))
-        settings.order = flags.get("order", config.order)
+            if name == "preset" or name in state["config"] and name not in free:
+                raise ValueError(f"--init brings its own config: leave out {flag(name)}")
+        for part in filter(None, settings.freeze.split(",")):
+            if part not in parts:
+                raise ValueError(f"--freeze: {start} has no {part}, so it is new: train it")
+        config, steps = replace(config, **config_flags(flags)), settings.align_steps
+        if "projector" in parts:  # it is trained: stage 1 is repeated where that is asked for
+            steps = flags.get("align_steps", 0)
+        settings = replace(settings, align_steps=steps, order=flags.get("order", config.order))
     else:
         refuse_used(out)
         start, config = None, replace(PRESETS[settings.preset], **config_flags(flags))

@@ -79,7 +79,7 @@ def answer_all(model: NanoAKI, examples: Examples, indices: list[int], mask: str
             for i, example in zip(part, some):
                 for path in pictures[i] if pictures else example.pictures:
                     shown.append(number.setdefault(path, len(number)))
-            images = [examples.picture(path) for path in number]
+            images = [examples.look(path) for path in number]
             tokens, roles, _ = pad_batch([example.prompt for example in some])
             longest = max(len(example.whole[0]) - len(example.prompt[0]) for example in some)
             with autocast(device, dtype):

@@ -70,9 +70,10 @@ def make_tour(views: list[View], start: int) -> list[dict]:
 
 def make_page(path, views: list[list[View]], questions: list[str], V: int, own: str, about: str,
               squares: list[Image.Image] = (), moved: list[Tensor] = (), notes: list[str] = (),
-              layers: list[int] | None = None, head: int | None = None) -> str:
+              layers: list[int] | None = None, head: int | None = None, placed: bool = True) -> str:
     """The page of views[question][mask], pictures having V visual tokens; own is shown first.
 
+    Where visual tokens are not placed in their picture, they are shown beside it.
     moved: movement's shares for each mask; layers and head as for choose_planes. Heads are averaged
     where all of them would make it larger than LARGEST. Raises ValueError where that is not enough,
     and, before anything is computed, on more than LONGEST tokens.
@@ -84,7 +85,8 @@ def make_page(path, views: list[list[View]], questions: list[str], V: int, own: 
     masks, weights = [view.mask for view in views[0]], views[0][0].weights
     start = masks.index(own) if own in masks else 0
     data = {"about": about, "questions": questions, "masks": masks, "start": start,
-            "visual": V, "side": grid_side(V), "pictures": [as_url(s) for s in squares],
+            "visual": V, "side": grid_side(V), "placed": placed,
+            "pictures": [as_url(s) for s in squares],
             "reasons": pack_reasons(), "legend": pack_legend(views),
             "moved": [pack_movement(shares) for shares in moved],
             "tour": make_tour(views[0], start), "notes": [MARK, *notes]}
@@ -110,8 +112,8 @@ def make_page(path, views: list[list[View]], questions: list[str], V: int, own: 
 def fill_views(data: dict, views: list[list[View]], layers: list[int] | None, head: int | None,
                average: bool) -> str:
     """The page of data and of these views."""
-    packed = [[pack_view(view, data["visual"], layers, head, average) for view in row]
-              for row in views]
+    packed = [[pack_view(view, data["visual"], data["placed"], layers, head, average)
+               for view in row] for row in views]
     return fill(json.dumps(data | {"views": packed}, separators=(",", ":")))
 
 

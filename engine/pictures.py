@@ -1,14 +1,20 @@
 """Parts of pictures, for all that draws: all are PIL pictures, and join makes a sheet of them."""
+import math
 import textwrap
 from unicodedata import east_asian_width
 
+import numpy as np
 from PIL import Image, ImageDraw
+from torch import Tensor
 
 from engine.fonts import LINE, text
 
 # Layout, in pixels.
 GAP = 14                        # space of parts
 SAMPLE = 192                    # side of a picture with an answer to it
+THUMB = 132                     # side of a picture under a light
+SHADE = np.array((8, 10, 14)), 0.6      # over what has no weight: a colour, how much it covers
+GLOW = np.array((255, 220, 120)), 0.25  # over what has most
 RIGHT, WRONG = (0, 96, 0), (192, 0, 0)  # colours of answers
 
 
@@ -59,6 +65,31 @@ def legend(entries: list[tuple[str, tuple]], room: int) -> Image.Image:
         lines[-1].append(entry)
         used += entry.width + GAP
     return join([join(line, gap=GAP) for line in lines], down=True, gap=2)
+
+
+def lit(square: np.ndarray, share: np.ndarray) -> Image.Image:
+    """A picture (H, W, 3) under a light: shares (H, W, 1) of the largest weight, from 0 to 1."""
+    dim, bright = (square * (1 - cover) + color * cover for color, cover in (SHADE, GLOW))
+    return Image.fromarray((dim * (1 - share) + bright * share).astype(np.uint8))
+
+
+def lit_cells(shares: Tensor) -> Image.Image:
+    """Cells under a light, in rows, of visual tokens that have no place in a picture."""
+    columns = math.isqrt(len(shares) - 1) + 1
+    side, sheet = max(2, THUMB // columns), Image.new("RGB", (THUMB, THUMB), "white")
+    for n, share in enumerate(shares.tolist()):
+        row, column = divmod(n, columns)
+        sheet.paste(lit(np.full((side - 1, side - 1, 3), 128.0), np.array(share)),
+                    (column * side, row * side))
+    return sheet
+
+
+def lit_places(thumb: np.ndarray, shares: Tensor) -> Image.Image:
+    """A picture under a light at the places of its visual tokens."""
+    side = int(len(shares) ** 0.5)
+    light = Image.fromarray(shares.view(side, side).numpy())
+    light = light.resize((THUMB, THUMB), Image.Resampling.NEAREST)
+    return lit(thumb, np.asarray(light)[..., None])
 
 
 def draw_card(picture: Image.Image | None, question: str, right: str, answer: str) -> Image.Image:

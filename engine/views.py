@@ -117,13 +117,14 @@ def pack_weights(planes: Tensor) -> dict:
             "scales": [float(f"{scale:.6g}") for scale in scales.flatten().tolist()]}
 
 
-def pack_view(view: View, V: int, layers: list[int] | None, head: int | None,
+def pack_view(view: View, V: int, placed: bool, layers: list[int] | None, head: int | None,
               average: bool) -> dict:
-    """All that a page shows of a view; see choose_planes."""
+    """All that a page shows of a view; see choose_planes, and make_page for placed."""
     roles, (_, title) = view.roles.tolist(), mask_states(view.mask, view.roles)
     rule = RULES[view.mask] if view.trained else f"not trained so: {RULES[view.mask]}"
     packed = {"mask": view.mask, "title": title, "rule": rule, "labels": view.labels,
-              "names": token_names(roles, view.labels, V), "places": token_places(roles, V),
+              "names": token_names(roles, view.labels, V),
+              "places": token_places(roles, V) if placed else [""] * len(roles),
               "segments": segments(roles, V),
               "cells": pack_cells(mask_reasons(view.mask, view.roles)),
               "likeliest": view.likeliest,

@@ -79,6 +79,15 @@ def refused(capsys, main, *argv) -> str:
     return error
 
 
+def refused_at_last(capsys, main, *argv) -> str:
+    """What a command that has begun, and said things, ends with."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as e:
+        main([str(a) for a in argv])
+    assert e.value.code == 2
+    return capsys.readouterr().err
+
+
 def spoil(path: Path) -> None:
     """Make a PNG undecodable, in a way that only decoding it shows."""
     data = path.read_bytes()

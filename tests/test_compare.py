@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import random
 import re
 import shutil
 import signal
@@ -143,7 +144,8 @@ def test_flags_go_to_the_stage_that_takes_them(tiny, tmp_path):
                                 "steps": 0, "order": "data"}
     assert two.flags == one.flags | {"order": "text"}
     assert mma.flags == both | {"steps": 30, "eval_every": 3, "lr": 0.5, "mask": "mma",
-                                "order": "data", "init": str(one.folder / "last.pt")}
+                                "order": "data", "init": str(one.folder / "last.pt"),
+                                "align_steps": 0}
     assert text.flags == mma.flags | {"mask": "causal", "order": "text",
                                       "init": str(two.folder / "last.pt")}
     assert evaluated.flags == mma.flags | {"mask": "causal"}
@@ -169,7 +171,10 @@ def test_where_there_is_no_stage_1_stage_2_takes_all_flags(tiny, tmp_path):
     own = [*flags[:-2], "--init", tmp_path / "own.pt", "--freeze", "vit"]
     first, _, (run,) = plan(*own).phases(0.5)
     assert not first and run.flags["init"] == str(tmp_path / "own.pt")
-    assert "align_steps" not in run.flags and run.flags["freeze"] == "vit"
+    assert run.flags["align_steps"] == 0 and run.flags["freeze"] == "vit"
+    (one,), _, (run,) = plan(*own, "--align-steps", 7).phases(0.5)  # where it is asked for
+    assert one.flags["init"] == str(tmp_path / "own.pt") and one.flags["align_steps"] == 7
+    assert run.flags["init"] == str(one.folder / "last.pt") and run.flags["align_steps"] == 0
 
 
 # The command, with the real train.py and sample.py -----------------------------------------------
@@ -249,7 +254,7 @@ def test_a_comparison_is_gone_on_with_only_under_its_own_flags(runs, tiny, tmp_p
                           (["--augment"], "seed0/align-data: --augment was False there, not True")):
         assert wanted in refused(capsys, compare.main, *own, *other)
     said = refused(capsys, compare.main, *own, "--align-steps", 0)
-    assert "seed0/causal-0.01: --align-steps was" in said
+    assert "seed0/causal-0.01: --init was" in said
     for other, wanted in ((["--init", model], "seed0/causal-0.01: --init was"),
                           (["--init", model, "--n-embd", 32], "leave out --n-embd")):
         assert wanted in refused(capsys, compare.main, *flags, "--eval-every", 5, *other)
@@ -258,6 +263,25 @@ def test_a_comparison_is_gone_on_with_only_under_its_own_flags(runs, tiny, tmp_p
     c = plan(*own, "--out", tmp_path / "moved", "--workers", 2, "--save-every", 9)
     for run in sum(c.phases(c.lr), []):
         c.refuse_other_flags(run)  # the control: none is
+
+
+def test_a_comparison_whose_data_chose_the_positions_can_be_gone_on_with(tiny, tmp_path):
+    long = shutil.copytree(tiny, tmp_path / "long")
+    records = json.loads((long / "train.json").read_text())
+    letters = random.Random(0).choices("abcdefghijklmnopqrstuvwxyz", k=400)
+    records[0]["conversations"][0]["value"] = "<image>\n" + "".join(letters)
+    (long / "train.json").write_text(json.dumps(records))
+    without = TINY.index("--block-size")
+    flags = ["--data", long, *TINY[:without], *TINY[without + 2:], "--align-steps", 1, "--steps", 1,
+             "--lr", 0.01, "--seeds", 1, "--masks", "mma", "--out", tmp_path / "out"]
+    c = plan(*flags)
+    runs = sum(c.phases(0.01), [])
+    for run in runs:
+        train.main(c.next_command(run)[2:])
+        c.refuse_other_flags(run)
+    assert nanoaki.load_file(run.folder / "last.pt")["config"]["block_size"] > c.config.block_size
+    with pytest.raises(ValueError, match="align-data: --block-size was"):  # the control
+        plan(*flags, "--block-size", 999).refuse_other_flags(runs[0])
 
 
 def contents(folder: Path) -> dict:

@@ -380,3 +380,29 @@ def test_nonsense_is_one_line_and_exit_code_2(model, picture, tmp_path, capsys, 
     argv = [{"MODEL": "model.pt", "PICTURE": "picture.png"}.get(a, a) for a in argv]
     assert words in refused(capsys, draw.main, *argv, *([] if "--out" in argv else ["--out", "x.png"]))
     assert not (tmp_path / "x.png").exists() and not (tmp_path / "mask.nonsense").exists()
+
+
+def test_queries_are_cells_beside_the_picture_and_never_a_light_over_it(picture, monkeypatch):
+    lines, lit_pictures, text, places = [], [], draw.text, draw.lit_places
+    monkeypatch.setattr(draw, "text", lambda string, *args, **how: lines.append(string) or text(string, *args, **how))
+    monkeypatch.setattr(draw, "lit_places", lambda *args: lit_pictures.append(args) or places(*args))
+    said = "5 learned queries read a picture and have no place in it: each cell is one of them"
+    for queries in (5, 0):  # the second is the control
+        lines.clear()
+        model = tiny_model(torch.float32, Tokenizer([]), queries=queries)
+        draw_attention(model, [picture], ["what?", "where?"])
+        assert (said in lines) == (queries > 0) and bool(lit_pictures) == (queries == 0)
+
+
+@pytest.mark.parametrize("queries", [1, 5, 9, 144, 4000])
+def test_each_query_is_a_cell_as_bright_as_its_share(queries):
+    shares = torch.linspace(0, 1, queries)
+    cells = np.asarray(draw.lit_cells(shares))
+    columns = next(n for n in range(1, 100) if n * n >= queries)
+    side, expected = draw.THUMB // columns, np.full((draw.THUMB, draw.THUMB), 255)
+    for n in range(queries):
+        y, x = n // columns * side, n % columns * side
+        color = lit(np.full((1, 1, 3), 128.0), np.array(float(shares[n])))
+        assert (cells[y:y + side - 1, x:x + side - 1] == np.asarray(color)).all()
+        expected[y:y + side - 1, x:x + side - 1] = 0
+    assert (cells[expected == 255] == 255).all()  # white between them and behind the last

@@ -664,6 +664,22 @@ def test_how_far_a_token_moves_is_said_of_visual_tokens_and_of_no_word(folder, b
         assert [length for length in lengths if length] == [f"by {length:g}" for length in expected]
 
 
+def test_queries_are_a_grid_beside_their_picture_and_have_no_place_in_it(folder, browser):
+    said = "5 learned queries read a picture and have no place in it: each cell is one of them."
+    tiny_model(torch.float32, Tokenizer([]), queries=5).save(folder / "queries.pt")
+    shown = ("[...document.querySelectorAll('.panel:not([hidden]) .strip .picture')].map(box => "
+             "[box.children.length, box.style.backgroundImage.slice(0, 9)])")
+    for model, boxes in ((str(folder / "queries.pt"), [[0, 'url("data'], [5, ""]]),
+                         ("model.pt", [[4, 'url("data']])):  # the control
+        path, data = write(folder, "case.html", *asked(model, "what?", "where?"))
+        places = {place for row in data["views"] for view in row for place in view["places"]}
+        assert (places == {""}) == (len(boxes) == 2) == (said in data["notes"])
+        load(browser, path)
+        assert browser.run(shown) == boxes
+        browser.mouse(*middle(browser, f"{TOKENS}[0]"))
+        assert ("(row 1" in sentence(browser)) == (len(boxes) == 1)
+
+
 def test_layers_heads_and_weights_are_python_s(folder, browser):
     path, data = write(folder, "case.html", *CASES["default model"])
     load(browser, path)

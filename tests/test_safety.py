@@ -533,8 +533,10 @@ def test_init_takes_weights_tokenizer_and_config_and_freeze_keeps_what_it_names(
     changed = {name.split(".")[0] for name in a if not torch.equal(a[name], b[name])}
     assert changed == {"projector", "decoder"}
     capsys.readouterr()
-    for extra in (["--n-embd", "64"], ["--align-steps", "3"]):
-        assert extra[0] in refused(capsys, train.main, *init, "--out", tmp_path / "c", *extra)
+    for extra, wanted in ((["--n-embd", "64"], "leave out --n-embd"),
+                          (["--preset", "nano"], "leave out --preset"),
+                          (["--steps", "0"], "nothing to train: steps is 0")):
+        assert wanted in refused(capsys, train.main, *init, "--out", tmp_path / "c", *extra)
     assert "freeze needs init" in refused(capsys, train.main, "--freeze", "vit", "--out",
                                           tmp_path / "c")
 

@@ -1,4 +1,5 @@
 """Tokenizer, and the functions that turn text and pictures into a sequence."""
+import heapq
 import os
 import random
 import subprocess
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from conftest import VISUAL, tiny_config
-from nanoaki import (ANSWER, IMAGE, PAD, PROMPT, Tokenizer, build_sequence, pad_batch,
+from nanoaki import (ANSWER, IMAGE, PAD, PROMPT, Tokenizer, _merge, build_sequence, pad_batch,
                      place_pictures)
 
 TEXTS = ["what color is the circle?", "is there a red square left of the blue star?", "yes", "red",
@@ -154,12 +155,50 @@ def test_a_megabyte_of_varied_text_trains_and_comes_back():
 
 
 @pytest.mark.parametrize("alphabet", ["a", "abcdefghijklmnopqrstuvwxyz"])
-def test_a_megabyte_without_a_space_trains_and_comes_back(alphabet):
-    text = "".join(random.Random(0).choices(alphabet, k=10 ** 6))
+def test_300_kilobytes_without_a_space_train_and_come_back(alphabet):
+    text = "".join(random.Random(0).choices(alphabet, k=300_000))
     tokenizer = Tokenizer.train([text], 270)
     assert len(tokenizer) > 260
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text and len(ids) < len(text)
+
+
+def merged_naively(tokenizer: Tokenizer, word: str) -> list[int]:
+    """All occurrences of the pair learned first, from the left, until no pair can be merged."""
+    ids = list(word.encode())
+    while True:
+        known = [tokenizer.ids[pair] for pair in zip(ids, ids[1:]) if pair in tokenizer.ids]
+        if not known:
+            return ids
+        ids = _merge(ids, tokenizer.merges[min(known) - 260], min(known))
+
+
+@pytest.mark.parametrize("alphabet", ["ab", "aab é", "the circle is red", "東京😀a"])
+def test_a_word_is_merged_as_a_plain_loop_merges_it(tokenizer, alphabet):
+    rng, shorter = random.Random(0), 0
+    trained = Tokenizer.train(["".join(rng.choices(alphabet, k=200)) for _ in range(20)], 330)
+    for _ in range(150):
+        word = "".join(rng.choices(alphabet, k=rng.randint(1, 60)))
+        for t in (tokenizer, trained):
+            assert t.encode_word(word) == merged_naively(t, word)
+            shorter += len(t.encode_word(word)) < len(word.encode())
+    assert shorter > 100  # or nothing was merged
+
+
+@pytest.mark.parametrize("alphabet", ["a", "abcdefghijklmnopqrstuvwxyz"])
+def test_the_work_of_encoding_is_in_proportion_to_a_text_without_a_space(monkeypatch, alphabet):
+    pops, pop = [0], heapq.heappop
+
+    def counted(heap):
+        pops[0] += 1
+        return pop(heap)
+
+    text = "".join(random.Random(0).choices(alphabet, k=100_000))
+    tokenizer = Tokenizer.train([text[:10_000]], 400)
+    monkeypatch.setattr(heapq, "heappop", counted)
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text and len(ids) < 0.9 * len(text)
+    assert len(text) / 10 < pops[0] < 3 * len(text)  # a merge makes two pairs, and takes one
 
 
 BYTES, CONFIG = Tokenizer([]), tiny_config(block_size=200)

@@ -140,7 +140,6 @@ def test_ctrl_c_saves_exits_130_and_resume_ends_as_if_nothing_happened(
     (["--steps", "-1"], ["steps", "at least 0"]),
     (["--warmup", "0"], ["warmup", "at least 1"]),
     (["--steps", "0", "--align-steps", "0"], ["nothing to train", "steps is 0"]),
-    (["--steps", "0", "--init", "a.pt"], ["nothing to train", "steps is 0"]),
     (["--preset", "huge"], ["huge", "nano, small, base"]),
     (["--mask", "open"], ["open", "causal, mma"]),
     (["--order", "random"], ["random", "data, image, text, dual"]),

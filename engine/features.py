@@ -1,0 +1,118 @@
+"""What a frozen ViT says of each picture: computed once, in a file that processes share."""
+import hashlib
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from data.llava import Examples, say_once
+from engine.device import autocast
+from engine.processes import rank_and_world, total
+from nanoaki import NanoAKI, fit_picture
+
+KEY = 32      # bytes before each picture's states: their digest's, written after them
+AT_ONCE = 32  # pictures that the ViT looks at
+
+
+class Features:
+    """features[path] are the ViT's states of a picture, float16 (patches, vit_embd)."""
+
+    def __init__(self, file: Path, some: list[Examples], model: NanoAKI):
+        """A row of the file for each picture that some examples show, in the order of paths."""
+        c, digest, pictures = model.config, hashlib.sha256(), set()
+        for weights in model.vit.state_dict().values():
+            digest.update(weights.cpu().numpy().tobytes())
+        for examples in some:
+            folder = examples.records.path.parent
+            pictures |= {folder / path for record in examples.records for path in record.pictures}
+        self.file, self.shape, self.weights = file, (c.patches, c.vit_embd), digest.hexdigest()
+        self.rows = {path: row for row, path in enumerate(sorted(pictures))}
+        self.size = KEY + 2 * c.patches * c.vit_embd
+
+    def key(self, path: Path) -> bytes:
+        """Of a picture's path, size and time, and of the weights; raises ValueError."""
+        try:
+            status = os.stat(path)
+        except OSError as e:
+            raise ValueError(f"{path}: {e.strerror}") from None
+        about = f"{path.resolve()} {status.st_size} {status.st_mtime_ns} {self.weights}"
+        return hashlib.sha256(about.encode()).digest()
+
+    def __getitem__(self, path: Path) -> Tensor:
+        """Raises ValueError where the picture is not as it was, or could not be read then."""
+        with open(self.file, "rb") as file:
+            file.seek(self.rows[path] * self.size)
+            row = bytearray(file.read(self.size))
+        if row[:KEY] != self.key(path):
+            raise ValueError(f"{path}: changed since the ViT looked at it, or unreadable then")
+        return torch.frombuffer(row, dtype=torch.float16, offset=KEY).view(self.shape)
+
+    def missing(self) -> list[Path]:
+        """The pictures that are not in the file as they are now."""
+        if not self.file.exists():
+            return list(self.rows)
+        with open(self.file, "rb") as file:
+            return [path for path in self.rows if not self.has(file, path)]
+
+    def has(self, file, path: Path) -> bool:
+        file.seek(self.rows[path] * self.size)
+        try:
+            return file.read(KEY) == self.key(path)
+        except ValueError:  # it is gone
+            return False
+
+    def check_room(self) -> None:
+        """Say how much the file will hold; raises ValueError where its disk has no room for it."""
+        there = [folder for folder in self.file.absolute().parents if folder.exists()][0]
+        missing, free = len(self.missing()), shutil.disk_usage(there).free
+        needed = missing * self.size
+        print(f"the ViT is frozen and looks at each picture once: {missing:,} of "
+              f"{len(self.rows):,} are left, {needed / 1e9:.2f} GB for {self.file}")
+        if needed > free:
+            raise ValueError(f"{self.file}: its disk has {free / 1e9:.2f} GB left, which are less "
+                             f"than {needed / 1e9:.2f} GB: fewer pictures, a smaller --image-size, "
+                             f"or another --out")
+
+    def fill(self, model: NanoAKI, dtype: str, skip_bad: bool) -> None:
+        """Look at all pictures that are missing, a share of them in every process.
+
+        Raises ValueError where a picture is broken, but leaves it out with skip_bad.
+        """
+        (rank, world), device = rank_and_world(), next(model.parameters()).device
+        self.file.touch()
+        # By row: another process may be at work before this one knows what is missing.
+        mine = [path for path in self.missing() if self.rows[path] % world == rank]
+        with (open(self.file, "r+b") as file,
+              tqdm(total=len(mine), desc="looking", unit="picture", leave=False,
+                   disable=rank > 0) as bar):
+            for at in range(0, len(mine), AT_ONCE):
+                some = mine[at:at + AT_ONCE]
+                found = self.read(some, model.config.image_size, skip_bad)
+                if found:
+                    pictures = torch.stack([picture for _, _, picture in found]).to(device)
+                    with torch.no_grad(), autocast(device, dtype):
+                        states = model.vit(pictures).to(torch.float16).cpu()
+                    for (path, key, _), state in zip(found, states):
+                        start = self.rows[path] * self.size
+                        file.seek(start + KEY)
+                        file.write(state.numpy().tobytes())
+                        file.seek(start)
+                        file.write(key)
+                    file.flush()
+                bar.update(len(some))
+        total(0)  # a meeting: from here on the shares of all are there
+
+    def read(self, paths: list[Path], size: int, skip_bad: bool) -> list[tuple]:
+        """(path, key, picture) of those that can be read; ValueError where one cannot, and must."""
+        found = []
+        for path in paths:
+            try:
+                found.append((path, self.key(path), fit_picture(path, size)))
+            except ValueError as e:
+                if not skip_bad:
+                    raise ValueError(f"{e}; --skip-bad, also with --resume, leaves it out") from e
+                say_once(f"left out: {e}", set())
+        return found
