@@ -269,10 +269,11 @@ def bench_kills(kills: int) -> None:
 def bench_reads(path: str, questions: int = 150) -> None:
     """Attention of visual tokens to words of `rel` questions: on the object named, elsewhere."""
     model, found, folder = NanoAKI.load(path), {}, shapes.find("shapes")
-    names = {caption["image"]: caption["conversations"][1]["value"]
+    talks = {caption["image"]: [turn["value"] for turn in caption["conversations"]]
              for caption in json.loads((folder / "captions.json").read_text())}
+    names = {image: said for image, (asked, said) in talks.items() if "the picture" in asked}
     records = [record for record in json.loads((folder / "train.json").read_text())
-               if record["task"] == "rel"][:questions]
+               if record["task"] == "rel" and record["image"] in names][:questions]
     side = round(model.config.visual_tokens ** 0.5)
     for record in records:
         question = record["conversations"][0]["value"].removeprefix("<image>\n")
