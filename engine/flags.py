@@ -85,7 +85,8 @@ class Parser(argparse.ArgumentParser):
                 continue
             how = {"action": "store_true"} if f.default is False else {"type": type(f.default)}
             about = helps.get(f.name, f"{f.metadata['help']} (default {f.default!r})")
-            group.add_argument(flag(f.name), **how, default=argparse.SUPPRESS, help=about)
+            group.add_argument(flag(f.name), **how, default=argparse.SUPPRESS,
+                               help=about.replace("%", "%%"))  # else argparse fills it in
 
 
 def check_asked(questions: list[str]) -> None:
