@@ -371,8 +371,9 @@ class Model(nn.Module):
                 targets: Tensor | None = None, mask: str | None = None):
         """Logits (B, T, vocab_size) and, with targets, their mean cross-entropy in nats, else None.
 
-        images uint8 (images in the batch, 3, H, W) in the order of their tokens, or None; tokens,
-        roles int64 (B, T); mask a name in MASKS, None for the one the model was trained with.
+        images uint8 (images in the batch, 3, H, W) in the order of their tokens, or None, or what
+        self.vit says of them, float16 (images, patches, vit_embd); tokens, roles int64 (B, T);
+        mask a name in MASKS, None for the one the model was trained with.
         targets int64 (B, T), aligned with tokens, not shifted: the logits at t - 1 predict
         targets[:, t]; -100 is no loss. So, to learn, pad before the prompt or after the answer.
         Raises ValueError if images and roles do not fit, if a sequence is longer than block_size,

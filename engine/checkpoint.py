@@ -13,7 +13,7 @@ from nanoaki import PRESETS, Config, NanoAKI, load_file, save_file
 RESUMED = ("out", "device", "workers", "save_every", "vocab_size")  # flags free on --resume
 THERE = ("data", "skip_bad")  # free too: the folder may have moved, a picture may have broken
 INIT = ("mask", "dropout", "order")  # fields of Config free with --init
-STAGE_1 = ("align_steps", "align_lr", "preset")  # settings that a trained --init has no use for
+STAGE_1 = ("align_steps", "align_lr", "preset")  # settings of no use where stage 1 is over
 
 
 @dataclass
@@ -75,6 +75,8 @@ def settle(cls, flags: dict, resume: bool) -> tuple:
         config, steps = replace(config, **config_flags(flags)), settings.align_steps
         if "projector" in parts:  # it is trained: stage 1 is repeated where that is asked for
             steps = flags.get("align_steps", 0)
+        if not steps and "align_lr" in flags:
+            raise ValueError("--align-lr is of stage 1, which --init skips: give --align-steps too")
         settings = replace(settings, align_steps=steps, order=flags.get("order", config.order))
     else:
         refuse_used(out)

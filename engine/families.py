@@ -16,7 +16,7 @@ SIGLIP = {"hidden_size": 768, "num_attention_heads": 12, "num_hidden_layers": 12
 SIGLIP_LAYERS = {"norm1": "layer_norm1", "q": "self_attn.q_proj", "k": "self_attn.k_proj",
                  "v": "self_attn.v_proj", "out": "self_attn.out_proj", "norm2": "layer_norm2",
                  "up": "mlp.fc1", "down": "mlp.fc2"}
-DINOV2 = SIGLIP | {"patch_size": 14, "hidden_act": "gelu"}
+DINOV2 = SIGLIP | {"patch_size": 14, "hidden_act": "gelu", "use_swiglu_ffn": False}
 VITS = {"siglip": SIGLIP, "siglip_vision_model": SIGLIP, "dinov2": DINOV2}
 DINOV2_LAYERS = {"norm1": "norm1", "q": "attention.attention.query", "k": "attention.attention.key",
                  "v": "attention.attention.value", "out": "attention.output.dense",
@@ -31,7 +31,7 @@ GPT2_LAYERS = {"norm1": "ln_1", "qkv": "attn.c_attn", "out": "attn.c_proj", "nor
 def read_vit(folder: Path, image_size: int | None, layers: int | None) -> tuple[dict, dict]:
     """Fields of Config and the weights of a ViT, for pictures of that size and its first layers.
 
-    None is what the folder has. Raises ValueError where it does not fit our ViT.
+    None is what the folder has; what is changed is said. Raises ValueError where it does not fit.
     """
     theirs = Published(folder, VITS, "embeddings.patch_embedding")
     C, depth, patch = map(theirs.number, ("hidden_size", "num_hidden_layers", "patch_size"))
@@ -43,6 +43,7 @@ def read_vit(folder: Path, image_size: int | None, layers: int | None) -> tuple[
                          f"must be at most {depth}, not {kept}, --image-size at least {patch}, not "
                          f"{size}")
     if theirs.type == "dinov2":
+        theirs.one_of("use_swiglu_ffn", False)
         weights, blocks = read_dinov2(theirs, C, depth, patch, own_side)
     else:
         weights, blocks = read_siglip(theirs, C, depth, patch, own_side)
@@ -63,7 +64,7 @@ def read_vit(folder: Path, image_size: int | None, layers: int | None) -> tuple[
     return {"image_size": side * patch, "patch_size": patch, "vit_layer": kept, "vit_embd": C,
             "vit_head": theirs.number("num_attention_heads"),
             "vit_classes": len(weights.get("classes", [])),
-            "vit_eps": theirs.one_of("layer_norm_eps", 1e-6, 1e-5, 1e-12),
+            "vit_eps": theirs.number("layer_norm_eps", float),
             "vit_gelu": GELU[theirs.one_of("hidden_act", *GELU)]}, weights
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data.llava import Examples, say_once
+from data.llava import Examples
 from engine.device import autocast
 from engine.processes import rank_and_world, total
 from nanoaki import NanoAKI, fit_picture
@@ -45,9 +45,11 @@ class Features:
         """Raises ValueError where the picture is not as it was, or could not be read then."""
         with open(self.file, "rb") as file:
             file.seek(self.rows[path] * self.size)
-            row = bytearray(file.read(self.size))
+            row = bytearray(file.read(self.size).ljust(self.size, b"\0"))  # it may end before
+        if not any(row[:KEY]):
+            raise ValueError(f"{path}: could not be read when the ViT looked at it")
         if row[:KEY] != self.key(path):
-            raise ValueError(f"{path}: changed since the ViT looked at it, or unreadable then")
+            raise ValueError(f"{path}: changed since the ViT looked at it")
         return torch.frombuffer(row, dtype=torch.float16, offset=KEY).view(self.shape)
 
     def missing(self) -> list[Path]:
@@ -106,7 +108,10 @@ class Features:
         total(0)  # a meeting: from here on the shares of all are there
 
     def read(self, paths: list[Path], size: int, skip_bad: bool) -> list[tuple]:
-        """(path, key, picture) of those that can be read; ValueError where one cannot, and must."""
+        """(path, key, picture) of those that can be read; ValueError where one cannot, and must.
+
+        Of the others training says, when it leaves them out, that they could not be read.
+        """
         found = []
         for path in paths:
             try:
@@ -114,5 +119,4 @@ class Features:
             except ValueError as e:
                 if not skip_bad:
                     raise ValueError(f"{e}; --skip-bad, also with --resume, leaves it out") from e
-                say_once(f"left out: {e}", set())
         return found

@@ -9,6 +9,7 @@ Steps are made with torch's fake tensors, which have shapes and no numbers: noth
 """
 import sys
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -118,7 +119,11 @@ def main(argv: list[str] | None = None) -> None:
                 raise ValueError(f"--{name} must be at least 1, not {value}")
         if not set(freeze) <= {"vit", "decoder"}:
             raise ValueError(f"--freeze {args.freeze!r} must be vit, decoder or vit,decoder")
-        config = Config(**load_file(args.model)["config"])
+        state = load_file(args.model)
+        config = Config(**state["config"])
+        if not any(name.startswith("decoder.") for name in state["model"]):
+            # a new one gets the positions that the data ask for
+            config = replace(config, block_size=config.visual_tokens + args.tokens)
         found = estimate(config, args.batch_size, args.tokens, freeze, args.dtype)
         print(f"steps of {args.batch_size} examples, {config.visual_tokens} visual tokens and "
               f"{args.tokens} of text each, in {args.dtype}:")

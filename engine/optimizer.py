@@ -71,5 +71,5 @@ def make_optimizers(model, lr: float, adamw_lr: float, weight_decay: float,
 
 
 def schedule(step: int, steps: int, warmup: int) -> float:
-    """Share of the peak learning rate: a linear rise, 1, and a linear fall to 0 over the last 35%."""
+    """Share of the peak learning rate: it rises, stays, and over the last 35% falls to 0."""
     return min((step + 1) / warmup, 1, (1 - step / steps) / 0.35)

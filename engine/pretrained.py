@@ -29,8 +29,10 @@ def read_merges(folder: Path) -> tuple[list[tuple[int, int]], list[int]]:
     names |= dict.fromkeys(range(256, 260), "<|endoftext|>")  # <eos>; of the others none is used
     known, merges = {name: i for i, name in names.items()}, []
     try:
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
             if line and not line.startswith("#version"):
+                if line.count(" ") != 1:
+                    raise ValueError(f"line {number} is not two tokens")
                 a, b = line.split(" ")
                 merges.append((known[a], known[b]))
                 if a + b in known:
@@ -42,8 +44,9 @@ def read_merges(folder: Path) -> tuple[list[tuple[int, int]], list[int]]:
             raise ValueError(f"{len(ids) - len(known)} tokens are made by no merge")
     except (ValueError, KeyError) as e:
         raise ValueError(f"{path}: it and vocab.json are not of one GPT-2 tokenizer ({e})") from e
-    if not all(type(i) is int and i >= 0 for i in rows):
-        raise ValueError(f"{folder / 'vocab.json'}: ids must be whole numbers from 0 on")
+    if not all(type(i) is int and i >= 0 for i in ids.values()) or len(set(rows)) < len(ids):
+        raise ValueError(f"{folder / 'vocab.json'}: ids must be whole numbers from 0 on, no two "
+                         f"alike")
     return merges, rows
 
 
@@ -51,8 +54,10 @@ def make(vit: str, decoder: str, preset: str, out: str, flags: dict) -> None:
     """Write the checkpoint; raises ValueError where flags and folders do not go together."""
     if not vit and not decoder:
         raise ValueError("give --vit, --decoder or both: folders of published weights")
-    if Path(out).exists():
-        raise ValueError(f"{out} exists already: choose another --out")
+    if not out or Path(out).exists():
+        raise ValueError(f"--out {out!r} exists already, or is no name: choose another")
+    if not Path(out).parent.is_dir():
+        raise ValueError(f"--out {out}: there is no folder {Path(out).parent}")
     brought, weights, merges = {}, {}, None
     if vit:
         about, found = read_vit(Path(vit), flags.pop("image_size", None),

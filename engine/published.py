@@ -16,32 +16,32 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
     Raises ValueError where something is not as github.com/huggingface/safetensors specifies it.
     """
-    found, used = {}, 0
+    found, end = {}, 0
     try:
         size = path.stat().st_size
         whole = torch.from_file(str(path), size=size, dtype=torch.uint8)
         start = 8 + int.from_bytes(whole[:8].numpy().tobytes(), "little")
         if not 8 < start <= size:
-            raise ValueError(f"a header up to byte {start} of {size}")
+            raise ValueError("no header's length in its first bytes: a git-lfs pointer, perhaps?")
         header = json.loads(whole[8:start].numpy().tobytes())
         header.pop("__metadata__", None)
-        for name, about in header.items():
+        for name, about in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            if about["dtype"] not in DTYPES:
+                raise ValueError(f"{name} is of {about['dtype']}, not {', '.join(DTYPES)}")
             dtype, shape = DTYPES[about["dtype"]], about["shape"]
             first, last = about["data_offsets"]
-            if not (0 <= first <= last <= size - start and min(shape, default=0) >= 0
+            if not (end == first <= last <= size - start and min(shape, default=0) >= 0
                     and last - first == math.prod(shape) * dtype.itemsize):
-                raise ValueError(f"bytes {first} to {last} for {name}, {shape} of {dtype}")
-            raw = whole[start + first:start + last]
+                raise ValueError(f"bytes {first} to {last}, after {end}, for {name}, {shape}")
+            raw, end = whole[start + first:start + last], last
             if (start + first) % dtype.itemsize:
                 raw = raw.clone()
             found[name] = raw.view(dtype).view(shape)
-            used += last - first
-        if used != size - start:
-            raise ValueError(f"{used} bytes of tensors in {size - start}")
+        if end != size - start:
+            raise ValueError(f"{end} bytes of tensors in {size - start}")
     except Exception as e:  # whatever the bytes make json and torch raise
         reason = " ".join(str(e).split())[:200]
-        raise ValueError(f"{path}: not a whole safetensors file ({type(e).__name__}: "
-                         f"{reason})") from e
+        raise ValueError(f"{path}: not a whole safetensors file ({reason})") from e
     return found
 
 
@@ -79,12 +79,12 @@ class Published:
             raise ValueError(f"{self.path}: there is no {landmark}")
         self.root = roots[0]
 
-    def number(self, key: str) -> int:
-        """A whole number of the config, at least 1; raises ValueError."""
+    def number(self, key: str, kind=int):
+        """A number of the config, above 0 and of that type; raises ValueError."""
         value = self.config.get(key)
-        if type(value) is not int or value < 1:
-            raise ValueError(f"{self.config_path}: {key} must be a whole number above 0, not "
-                             f"{value!r}")
+        if type(value) is not kind or value <= 0:
+            what = {int: "a whole number", float: "a fraction"}[kind]
+            raise ValueError(f"{self.config_path}: {key} must be {what} above 0, not {value!r}")
         return value
 
     def one_of(self, key: str, *choices):
@@ -100,7 +100,10 @@ class Published:
         key = self.root + key
         if key not in self.tensors:
             raise ValueError(f"{self.path}: there is no {key}")
-        found = self.tensors.pop(key).to(torch.float32, copy=True)  # the file's map can be let go
+        tensor = self.tensors.pop(key)
+        if not tensor.is_floating_point() or not tensor.isfinite().all():
+            raise ValueError(f"{self.path}: {key} has not only finite floats")
+        found = tensor.to(torch.float32, copy=True)  # the file's map can be let go
         sizes = tuple(found.shape)
         wanted = tuple(size if want is None else want for want, size in zip(shape, sizes))
         if len(sizes) != len(shape) or sizes != wanted:

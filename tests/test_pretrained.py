@@ -44,7 +44,7 @@ def far(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 
 NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
-         torch.uint8: "U8"}
+         torch.int32: "I32", torch.uint8: "U8"}
 
 
 def write_tensors(path: Path, tensors: dict, blanks: int = 0) -> None:
@@ -170,7 +170,10 @@ def test_a_spoiled_or_cut_file_is_a_value_error_in_one_line_or_is_read(tmp_path)
     {"shape": ["1"]}, {"shape": [2 ** 70, 0], "data_offsets": [0, 0]}, {"shape": 1},
     {"data_offsets": [0, 8]}, {"data_offsets": [4, 0]}, {"data_offsets": [-4, 0]},
     {"data_offsets": [0.0, 4.0]}, {"data_offsets": [0]}, {"data_offsets": [1 << 70, 1 << 71]},
-    {"shape": [0], "data_offsets": [4, 4]}])
+    {"shape": [0], "data_offsets": [4, 4]},
+    '{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, "b": {"dtype": "U8", "shape": [4], '
+    '"data_offsets": [0, 4]}}',  # they overlap
+    '{"a": {"dtype": "U8", "shape": [2], "data_offsets": [2, 4]}}'])
 def test_a_header_that_lies_is_a_value_error(tmp_path, header):
     path, good = tmp_path / "a.safetensors", {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
     text = header
@@ -322,13 +325,20 @@ WTE = "transformer.wte.weight"
     ("gpt2", remove("vocab.json"), [], "vocab.json"),
     ("gpt2", remove("merges.txt"), [], "merges.txt"),
     ("gpt2", lambda f: (f / "merges.txt").write_text("#version: 0.2\nab\n"), [],
-     "not of one GPT-2 tokenizer (not enough values"),
+     "not of one GPT-2 tokenizer (line 2 is not two tokens"),
     ("gpt2", edit("merges.txt", "\n", "\n! \u0101\n"), [], "not of one GPT-2 tokenizer ('!"),
     ("gpt2", twice, [], "is made twice"),
     ("gpt2", lambda f: (f / "merges.txt").write_text("#version: 0.2\n"), [],
      "143 tokens are made by no merge"),
     ("gpt2", edit("vocab.json", '"!"', '"!!!"'), [], "not of one GPT-2 tokenizer ('!')"),
     ("gpt2", edit("vocab.json", ":1,", ':"1",'), [], "ids must be whole numbers"),
+    ("gpt2", edit("vocab.json", ":1,", ":2,"), [], "no two alike"),
+    ("gpt2", change_tensors(lambda t: t.update({WTE: t[WTE].to(torch.int32)})), [],
+     f"{WTE} has not only finite floats"),
+    ("dinov2", change_tensors(lambda t: t[f"{QUERY}.bias"].fill_(float("nan"))), [],
+     f"{QUERY}.bias has not only finite floats"),
+    ("dinov2", change_config(use_swiglu_ffn=True), [], "use_swiglu_ffn must be False"),
+    ("siglip", change_config(layer_norm_eps=-1e-6), [], "layer_norm_eps must be a fraction above"),
 ])
 def test_what_does_not_fit_is_one_line_and_writes_nothing(tmp_path, capsys, name, spoil, flags,
                                                           wanted):
@@ -354,7 +364,7 @@ def test_what_exists_is_not_overwritten_and_what_is_not_asked_for_not_made(tmp_p
     said = refused(capsys, pretrained.main, "--vit", FOLDERS / "siglip", "--out", out)
     assert "exists already" in said and out.read_text() == "mine"
     missing = tmp_path / "none/start.pt"
-    assert "cannot be written" in refused(capsys, pretrained.main, "--vit", FOLDERS / "siglip",
+    assert "there is no folder" in refused(capsys, pretrained.main, "--vit", FOLDERS / "siglip",
                                           "--out", missing)
 
 

@@ -535,6 +535,7 @@ def test_init_takes_weights_tokenizer_and_config_and_freeze_keeps_what_it_names(
     capsys.readouterr()
     for extra, wanted in ((["--n-embd", "64"], "leave out --n-embd"),
                           (["--preset", "nano"], "leave out --preset"),
+                          (["--align-lr", "0.01"], "give --align-steps too"),
                           (["--steps", "0"], "nothing to train: steps is 0")):
         assert wanted in refused(capsys, train.main, *init, "--out", tmp_path / "c", *extra)
     assert "freeze needs init" in refused(capsys, train.main, "--freeze", "vit", "--out",
