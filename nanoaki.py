@@ -681,7 +681,9 @@ class Tokenizer:
             j = after[i]
             if ids[i] is None or j == n or self.ids.get((ids[i], ids[j])) != new:
                 continue  # one of the two is part of another by now
-            ids[i], ids[j], after[i], before[after[j]] = new, None, after[j], i
+            ids[i], ids[j] = new, None
+            after[i] = after[j]
+            before[after[j]] = i
             for left, right in ((before[i], i), (i, after[i])):
                 if left >= 0 and right < n and (ids[left], ids[right]) in self.ids:
                     heapq.heappush(waiting, (self.ids[ids[left], ids[right]], left))
