@@ -5,9 +5,11 @@ What is measured rather than tested: time of a step, memory of a large dataset, 
     ONEDNN_MAX_CPU_ISA=AVX2 python tests/bench.py
     python tests/bench.py --preset small --device cuda
     python tests/bench.py --tokens 4096 --device cuda   # attention at length: dense, flex, causal
+    python tests/bench.py --questions 10                # about one picture, in turn: what can be kept
     python tests/bench.py --records 665000              # Linux: 1 GB of records, as LLaVA-1.5 has
     python tests/bench.py --kills 200                   # train.py is killed and resumed
     python tests/bench.py --reads out/shapes/model.pt   # which words visual tokens attend to
+    python tests/bench.py --probe out/shapes/model.pt   # what visual tokens' states tell, by layer
     python tests/bench.py --page docs/page.html         # a redraw of a page in Chromium
 """
 import json
@@ -36,8 +38,8 @@ from engine.device import choose_device, keep_freed_memory  # noqa: E402
 from engine.flags import Parser  # noqa: E402
 from engine.optimizer import Muon  # noqa: E402
 from helpers import ROOT, kill_and_resume, make_tiny  # noqa: E402
-from nanoaki import (ANSWER, IMAGE, MASKS, PRESETS, PROMPT, Batch, NanoAKI, attend,  # noqa: E402
-                     make_block_mask, make_mask)
+from nanoaki import (ANSWER, IMAGE, MASKS, PRESETS, PROMPT, Batch, Cache, Model,  # noqa: E402
+                     NanoAKI, attend, make_block_mask, make_mask, positions)
 from train import Run, Settings, Stage  # noqa: E402
 
 
@@ -137,6 +139,67 @@ def bench_steps(args) -> None:
         median = statistics.median(seconds)
         print(f"{mask:<8}{1e3 * median:>8.1f} ms a step{size / median:>8.0f} samples/s"
               f"{flops / median / rate:>8.0%} of the matrix-product rate")
+
+
+@torch.no_grad()
+def answer_in_turn(model: Model, image, questions, answer: int, mask: str, keep: str):
+    """(logits of the answers, seconds) of questions (n, tokens) about a picture, one by one.
+
+    What is kept of the picture for the next question: "nothing", its "visual tokens", or their
+    "keys" and values, which are right where no visual token sees a question.
+    """
+    (n, asked), V, device = questions.shape, model.config.visual_tokens, questions.device
+    T, caches, logits, seconds = V + asked, None, [], []
+    roles = torch.tensor([[IMAGE] * V + [PROMPT] * asked + [ANSWER] * answer], device=device)
+    sees, at = make_mask(mask, roles)[:, None], positions(roles)
+    for question in questions:
+        synchronize(device)
+        start = time.perf_counter()
+        if keep == "nothing" or not logits:
+            visual = model.see(image)
+        known = V if keep == "keys" and logits else 0
+        if not known:
+            caches = [Cache(T + answer) for _ in model.decoder.blocks]
+        for cache in caches:
+            cache.filled = known
+        tokens = F.pad(question, (V, 0))[None]
+        x = model.embed(visual, torch.arange(V, device=device), tokens, roles[:, :T])[:, known:]
+        x = model.decoder(x, sees[:, :, known:T, :T], caches, T - known - 1)
+        for t in range(T, T + answer):
+            logits.append(model.decoder.head(x[:, -1]))
+            new = logits[-1].argmax(-1)
+            if t + 1 < T + answer:
+                x = (model.decoder.token(new) + model.decoder.position(at[:, t]))[:, None]
+                x = model.decoder(x, sees[:, :, t:t + 1, :t + 1], caches)
+        synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return torch.cat(logits), seconds
+
+
+def bench_questions(args) -> None:
+    """The first question about a picture, and all of them in turn: 11 tokens, answers of 4."""
+    device, reason = choose_device(args.device)
+    print(reason)
+    config = replace(PRESETS[args.preset], vocab_size=393)
+    model = Model(config).to(device).eval()
+    image = torch.randint(0, 256, (1, 3, config.image_size, config.image_size), dtype=torch.uint8)
+    questions = torch.randint(0, 256, (args.questions, 11), device=device)
+    kinds = [("causal", "nothing"), ("mma", "nothing"), ("prefix", "nothing"),
+             ("causal", "visual tokens"), ("mma", "visual tokens"), ("causal", "keys")]
+    times, answers = {kind: [] for kind in kinds}, {}
+    for n in range(args.rounds + 1):  # in turn; the first warms up
+        for kind in kinds:
+            answers[kind], seconds = answer_in_turn(model, image.to(device), questions, 4, *kind)
+            times[kind].append(seconds)
+    print(f"{args.preset}, {config.visual_tokens} visual tokens, {args.questions} questions about "
+          f"one picture, one after another; ms, medians of {args.rounds} rounds")
+    for mask, keep in kinds:
+        rounds = times[mask, keep][1:]
+        first, whole = (1e3 * statistics.median(some) for some in zip(
+            *((seconds[0], sum(seconds)) for seconds in rounds)))
+        apart = (answers[mask, keep] - answers[mask, "nothing"]).abs().max()
+        print(f"{mask:<8}{keep + ' kept':<20}{first:>9.1f} the first{whole:>9.1f} all; logits "
+              f"within {apart:.0e} of those with nothing kept")
 
 
 def bench_length(args) -> None:
@@ -297,6 +360,86 @@ def bench_reads(path: str, questions: int = 150) -> None:
                                       for row in torch.stack(values).mean(0).tolist()))
 
 
+def pictures_of(folder: Path, questions: int):
+    """(picture, question, thing it names, thing at each of the places it has) of training records.
+
+    What stands where is what a caption says of a picture, of all whose caption does.
+    """
+    talks = {caption["image"]: [turn["value"] for turn in caption["conversations"]]
+             for caption in json.loads((folder / "captions.json").read_text())}
+    names = {image: said for image, (asked, said) in talks.items() if "the picture" in asked}
+    found = []
+    for record in json.loads((folder / "train.json").read_text()):
+        named = re.search(r"(?:where is|what is \w+(?: of)?) the (?!object)(.+)\?",
+                          record["conversations"][0]["value"])
+        if named and record["image"] in names and record["task"] in ("where", "rel"):
+            things = {}
+            for part in names[record["image"]].split(", "):
+                place = max((p for p in PLACES if part.startswith(p + " ")), key=len)
+                things[PLACES.index(place)] = part.removeprefix(place + " ")
+            question = record["conversations"][0]["value"].removeprefix("<image>\n")
+            if list(things.values()).count(named[1]) == 1:
+                found.append((folder / record["image"], question, named[1], things))
+    return found[:questions]
+
+
+def fit_probe(x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The ridge regression from states (n, C) and a constant to labels (n, classes)."""
+    x = F.pad(x, (0, 1), value=1.0)
+    return torch.linalg.solve(x.T @ x + 1e-3 * len(x) * torch.eye(x.shape[1]), x.T @ labels)
+
+
+def bench_probe(path: str, data: str, questions: int = 3000) -> None:
+    """What a linear probe reads from a visual token's state after each block, on held-out pictures.
+
+    Which thing stands in its place, in which place it stands, and, of the things in the picture,
+    whether it is the one that the question names (the best of a picture's tokens is taken).
+    """
+    model, rows = NanoAKI.load(path), pictures_of(shapes.find(data), questions)
+    side, states = round(model.config.visual_tokens ** 0.5), []
+    for block in model.decoder.blocks:
+        block.register_forward_pre_hook(lambda block, given: states.append(given[0]))
+    model.decoder.norm.register_forward_pre_hook(lambda norm, given: states.append(given[0]))
+    found = []
+    for at in range(0, len(rows), 250):
+        some = rows[at:at + 250]
+        images, tokens, roles = model.prompt([row[0] for row in some], [row[1] for row in some])
+        with torch.no_grad():
+            model.hidden(images, tokens, roles)
+        found.append(torch.stack([x[roles == IMAGE].view(len(some), side * side, -1)
+                                  for x in states]))
+        states.clear()
+    x = torch.cat(found, 1)                                         # (layers, questions, V, C)
+    i = torch.arange(side) * 3 // side
+    place = (3 * i[:, None] + i).flatten()                          # of each visual token
+    names = sorted({thing for row in rows for thing in row[3].values()})
+    number = {name: n for n, name in enumerate(names)}
+    things = torch.tensor([[number.get(row[3].get(p), -1) for p in range(9)] for row in rows])
+    asked = torch.tensor([number[row[2]] for row in rows])
+    thing = things[:, place]                                        # (questions, V); -1: nothing
+    there, named = thing >= 0, thing == asked[:, None]
+    pictures = sorted({row[0] for row in rows})
+    held_out = set(pictures[::3])
+    test = torch.tensor([row[0] in held_out for row in rows])
+    learn, ask = there & ~test[:, None], there & test[:, None]
+    chance = (1 / (things[test] >= 0).sum(1)).mean()
+    print(f"{path}, {model.config.mask}: {len(rows)} questions about {len(pictures)} pictures, "
+          f"{len(names)} things; every third picture is held out\n"
+          f"after        thing   place   the one asked for (by chance {chance:.1%})")
+    for n, layer in enumerate(x):
+        right = []
+        for labels in (thing, place.expand_as(thing)):
+            one_hot = F.one_hot(labels[learn]).float()
+            scores = F.pad(layer[ask], (0, 1), value=1.0) @ fit_probe(layer[learn], one_hot)
+            right.append((scores.argmax(1) == labels[ask]).float().mean())
+        weights = fit_probe(layer[learn], named[learn].float()[:, None])
+        scores = (F.pad(layer, (0, 1), value=1.0) @ weights)[..., 0].masked_fill(~there, -1e9)
+        best = scores.argmax(1, keepdim=True)
+        right.append(named.gather(1, best)[test].float().mean())
+        print(f"{f'block {n}' if n else 'projector':<12}"
+              + "".join(f"{share:>6.1%}  " for share in right))
+
+
 def bench_page(path: Path) -> None:
     """From a key to the page's new style, layout and grid, with one mask and with all of them."""
     from browser import Browser, find_chromium
@@ -331,10 +474,14 @@ def make_parser() -> Parser:
     parser.add_argument("--share", type=int, default=defaults.share)
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--tokens", type=int, help="attention at that length, instead")
+    parser.add_argument("--questions", type=int, help="so many about a picture in turn, instead")
     parser.add_argument("--records", type=int, help="memory with that many records, instead")
     parser.add_argument("--kills", type=int, help="kill that often, instead")
     parser.add_argument("--reads", metavar="FILE", help="what visual tokens of a model attend to, "
                                                         "instead")
+    parser.add_argument("--probe", metavar="FILE", help="what visual tokens of a model tell, "
+                                                        "instead, of the pictures in --data")
+    parser.add_argument("--data", default=defaults.data)
     parser.add_argument("--page", metavar="FILE", type=Path,
                         help="a redraw of a page of draw.py, instead")
     return parser
@@ -346,6 +493,10 @@ if __name__ == "__main__":
         bench_records(args.records)
     elif args.reads:
         bench_reads(args.reads)
+    elif args.probe:
+        bench_probe(args.probe, args.data)
+    elif args.questions:
+        bench_questions(args)
     elif args.page:
         bench_page(args.page)
     elif args.kills:
