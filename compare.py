@@ -56,7 +56,7 @@ COLORS = {"causal": (0, 114, 178), "text": (230, 159, 0), "dot": (86, 180, 233),
           "image": (0, 158, 115), "prefix": (204, 121, 167), "mma": (213, 94, 0),
           "leaky": (130, 130, 130)}
 TRIED = [Settings.lr * times for times in (0.5, 1, 2)]  # learning rates: causal chooses
-FREE = ("device", "workers", "save_every")              # flags that may change in going on
+FREE = ("device", "workers", "save_every", "features")  # flags that may change in going on
 ASKED = ("device", "dtype", "skip_bad")                 # flags that sample.py has as well
 SCRIPTS = Path(__file__).parent
 
@@ -310,6 +310,8 @@ def plan(masks: str, seeds: int, jobs: int | None, flags: dict) -> Comparison:
     jobs = jobs or (min(cores, 4) if device.type == "cpu" else 1)
     if not file_of(folder, "train"):
         raise ValueError(f"there is no {folder / 'train.json'}")
+    if settings.looks_once:  # one ViT, one look, for all runs
+        flags.setdefault("features", str(out / "features.f16"))
     aligns = settings.align_steps > 0 and (folder / "captions.json").exists()
     return Comparison(
         out, entries, list(range(settings.seed, settings.seed + seeds)),

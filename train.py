@@ -56,6 +56,8 @@ class Settings:
     init: str = knob("", "checkpoint to begin from, with its tokenizer and config: a trained one, "
                          "in stage 2 but for --align-steps, or engine/pretrained.py's, in stage 1")
     freeze: str = knob("", "vit, decoder or both, with a comma: keep them as --init has them")
+    features: str = knob("", "file that keeps what a frozen ViT says of each picture, also for "
+                             "other runs; '' is features.f16 in --out")
     batch_size: int = knob(32, "examples a step, over all processes: more are slower, steadier", 1)
     grad_accum: int = knob(1, "parts that a process splits its share of a batch into: less memory",
                            1)
@@ -93,12 +95,19 @@ class Settings:
         for part in filter(None, self.freeze.split(",")):
             if part not in ("vit", "decoder"):
                 raise ValueError(f"freeze {self.freeze!r} must be vit, decoder or vit,decoder")
+        if self.features and not self.looks_once:
+            raise ValueError("features are of a frozen ViT (--freeze vit) without --augment")
         if self.freeze and not self.init:
             raise ValueError("freeze needs init: a part that was never trained knows nothing")
         if self.attention == "flex" and self.compile:
             raise ValueError("attention flex compiles itself: it needs compile off")
         if not self.steps and not self.align_steps:
             raise ValueError("there is nothing to train: steps is 0, and there is no stage 1")
+
+    @property
+    def looks_once(self) -> bool:
+        """Whether the ViT says the same of a picture in every step."""
+        return "vit" in self.freeze and not self.augment
 
 
 @dataclass
@@ -330,12 +339,12 @@ def read(*numbers: Tensor) -> list[float]:
 
 
 def prepare(s: Settings, config: Config, state: dict | None, longer: bool):
-    """(tokenizer, config, stages, examples of the report, digest of each file); ValueError.
+    """(tokenizer, config, stages, examples of the report, records by split); ValueError.
 
     state is a checkpoint whose tokenizer is taken; longer lets the data choose block_size.
     """
     folder, stages = shapes.find(s.data), []
-    records = read_splits(folder, s.skip_bad, captions=s.align_steps > 0)
+    records = read_splits(folder, s.skip_bad, captions=s.align_steps > 0 or s.looks_once)
     if state and state["merges"] is not None:
         tokenizer = Tokenizer(state["merges"])
     else:
@@ -362,8 +371,7 @@ def prepare(s: Settings, config: Config, state: dict | None, longer: bool):
     said.append(f"{len(made['test']):,} to test" if split == "test" else
                 "no test.json: the report is on val")
     print(f"data: {folder}: {', '.join(said)}")
-    digests = {some.path.name: some.digest for some in records.values()}
-    return tokenizer, config, stages, made[split], digests
+    return tokenizer, config, stages, made[split], records
 
 
 def test(run: Run, examples: Examples) -> None:
@@ -411,8 +419,9 @@ def train(argv: list[str] | None) -> None:
         raise ValueError(f"attention flex has no dropout: it must be 0, not {config.dropout}")
     state = load_file(path) if path else None
     longer = "block_size" not in flags and not (state and "decoder.norm.weight" in state["model"])
-    tokenizer, config, stages, examples, digests = first_does(
+    tokenizer, config, stages, examples, records = first_does(
         lambda: prepare(s, config, state, longer))
+    digests = {some.path.name: some.digest for some in records.values()}
     progress = saved_progress(state) if resume else Progress(data=digests)
     first_does(lambda: same_data(progress.data, digests, s, flags))
     torch.manual_seed(s.seed)
@@ -428,8 +437,9 @@ def train(argv: list[str] | None) -> None:
     features, shown = None, [some for stage in stages for some in (stage.examples, stage.held_out)]
     if s.steps and s.test_sample:
         shown.append(examples)
-    if "vit" in s.freeze and not s.augment:
-        features = Features(out / "features.f16", shown, model)
+    if s.looks_once:
+        file = Path(s.features or out / "features.f16")
+        features = Features(file, records.values(), shown, model)
         first_does(features.check_room)
     keep_freed_memory()  # from here on: what reading took is given back
     out.mkdir(parents=True, exist_ok=True)

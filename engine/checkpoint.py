@@ -10,7 +10,7 @@ from engine.folder import refuse_used
 from engine.processes import rank_and_world
 from nanoaki import PRESETS, Config, NanoAKI, load_file, save_file
 
-RESUMED = ("out", "device", "workers", "save_every", "vocab_size")  # flags free on --resume
+RESUMED = ("out", "device", "workers", "save_every", "features", "vocab_size")  # flags free on --resume
 THERE = ("data", "skip_bad")  # free too: the folder may have moved, a picture may have broken
 INIT = ("mask", "dropout", "order")  # fields of Config free with --init
 STAGE_1 = ("align_steps", "align_lr", "preset")  # settings of no use where stage 1 is over

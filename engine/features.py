@@ -1,4 +1,4 @@
-"""What a frozen ViT says of each picture: computed once, in a file that processes share."""
+"""What a frozen ViT says of each picture: computed once, in a file that runs share."""
 import hashlib
 import os
 import shutil
@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data.llava import Examples
+from data.llava import Examples, Records
 from engine.device import autocast
+from engine.folder import wait_to_write
 from engine.processes import rank_and_world, total
 from nanoaki import NanoAKI, fit_picture
 
@@ -20,16 +21,17 @@ AT_ONCE = 32  # pictures that the ViT looks at
 class Features:
     """features[path] are the ViT's states of a picture, float16 (patches, vit_embd)."""
 
-    def __init__(self, file: Path, some: list[Examples], model: NanoAKI):
-        """A row of the file for each picture that some examples show, in the order of paths."""
-        c, digest, pictures = model.config, hashlib.sha256(), set()
+    def __init__(self, file: Path, records: list[Records], some: list[Examples], model: NanoAKI):
+        """A row of the file for each picture of the records, of which some examples are needed.
+
+        Rows are in the order of paths: the same for all runs on a folder, whatever they need.
+        """
+        c, digest = model.config, hashlib.sha256()
         for weights in model.vit.state_dict().values():
             digest.update(weights.cpu().numpy().tobytes())
-        for examples in some:
-            folder = examples.records.path.parent
-            pictures |= {folder / path for record in examples.records for path in record.pictures}
         self.file, self.shape, self.weights = file, (c.patches, c.vit_embd), digest.hexdigest()
-        self.rows = {path: row for row, path in enumerate(sorted(pictures))}
+        self.rows = {path: row for row, path in enumerate(sorted(pictures(records)))}
+        self.needed = sorted(pictures(examples.records for examples in some))
         self.size = KEY + 2 * c.patches * c.vit_embd
 
     def key(self, path: Path) -> bytes:
@@ -53,11 +55,11 @@ class Features:
         return torch.frombuffer(row, dtype=torch.float16, offset=KEY).view(self.shape)
 
     def missing(self) -> list[Path]:
-        """The pictures that are not in the file as they are now."""
+        """The pictures that are needed, and not in the file as they are now."""
         if not self.file.exists():
-            return list(self.rows)
+            return self.needed
         with open(self.file, "rb") as file:
-            return [path for path in self.rows if not self.has(file, path)]
+            return [path for path in self.needed if not self.has(file, path)]
 
     def has(self, file, path: Path) -> bool:
         file.seek(self.rows[path] * self.size)
@@ -72,11 +74,11 @@ class Features:
         missing, free = len(self.missing()), shutil.disk_usage(there).free
         needed = missing * self.size
         print(f"the ViT is frozen and looks at each picture once: {missing:,} of "
-              f"{len(self.rows):,} are left, {needed / 1e9:.2f} GB for {self.file}")
+              f"{len(self.needed):,} are left, {needed / 1e9:.2f} GB for {self.file}")
         if needed > free:
             raise ValueError(f"{self.file}: its disk has {free / 1e9:.2f} GB left, which are less "
                              f"than {needed / 1e9:.2f} GB: fewer pictures, a smaller --image-size, "
-                             f"or another --out")
+                             f"or another place, --features")
 
     def fill(self, model: NanoAKI, dtype: str, skip_bad: bool) -> None:
         """Look at all pictures that are missing, a share of them in every process.
@@ -84,12 +86,16 @@ class Features:
         Raises ValueError where a picture is broken, but leaves it out with skip_bad.
         """
         (rank, world), device = rank_and_world(), next(model.parameters()).device
+        self.file.parent.mkdir(parents=True, exist_ok=True)
         self.file.touch()
-        # By row: another process may be at work before this one knows what is missing.
-        mine = [path for path in self.missing() if self.rows[path] % world == rank]
-        with (open(self.file, "r+b") as file,
-              tqdm(total=len(mine), desc="looking", unit="picture", leave=False,
-                   disable=rank > 0) as bar):
+        with open(self.file, "r+b") as file:
+            if rank == 0:
+                wait_to_write(file)
+            total(0)  # a meeting: no other run is looking now
+            # By row: another process may be at work before this one knows what is missing.
+            mine = [path for path in self.missing() if self.rows[path] % world == rank]
+            bar = tqdm(total=len(mine), desc="looking", unit="picture", leave=False,
+                       disable=rank > 0)
             for at in range(0, len(mine), AT_ONCE):
                 some = mine[at:at + AT_ONCE]
                 found = self.read(some, model.config.image_size, skip_bad)
@@ -105,7 +111,8 @@ class Features:
                         file.write(key)
                     file.flush()
                 bar.update(len(some))
-        total(0)  # a meeting: from here on the shares of all are there
+            bar.close()
+            total(0)  # another: from here on the shares of all are there
 
     def read(self, paths: list[Path], size: int, skip_bad: bool) -> list[tuple]:
         """(path, key, picture) of those that can be read; ValueError where one cannot, and must.
@@ -120,3 +127,9 @@ class Features:
                 if not skip_bad:
                     raise ValueError(f"{e}; --skip-bad, also with --resume, leaves it out") from e
         return found
+
+
+def pictures(records) -> set[Path]:
+    """The paths of all pictures that some Records show."""
+    return {some.path.parent / path for some in records for record in some
+            for path in record.pictures}

@@ -49,6 +49,17 @@ def locked(path: Path):
     return lock
 
 
+def wait_to_write(file) -> None:
+    """Lock an open file as soon as no other process has it, where that can be done."""
+    with suppress(ImportError, OSError):  # Windows has none, nor have some file systems
+        import fcntl
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"{file.name}: another run is writing it; this one waits", flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+
+
 def is_at(file, path: Path) -> bool:
     """Whether an open file is the one at a path."""
     with suppress(FileNotFoundError):

@@ -2,6 +2,7 @@
 import os
 import pickle
 import shutil
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ import torch
 import train
 from data.llava import Examples
 from engine import features, pretrained
+from engine.folder import wait_to_write
 from helpers import make_tiny, metrics, refused, refused_at_last, same, spoil, weights
 from nanoaki import NanoAKI, ViT
 
@@ -81,6 +83,41 @@ def test_a_frozen_vit_looks_once_and_losses_are_those_of_looking_anew(tiny, star
     once, anew, other = (losses(tmp_path / name) for name in ("once", "anew", "other"))
     assert len(once) == 6 and once == pytest.approx(anew, rel=2e-5) and once != anew
     assert other != pytest.approx(anew, rel=2e-4)
+
+
+def test_runs_share_a_file_whatever_stage_and_data_they_need(tiny, start, tmp_path, looks):
+    shared, model = ["--features", tmp_path / "new/f"], tmp_path / "first/model.pt"
+    train.main(command(tiny, start, tmp_path / "first", *shared, "--steps", 0))
+    after_stage_1 = sum(looks)
+    assert 0 < after_stage_1 < 40  # what is asked in stage 2 alone is not looked at
+    train.main(command(tiny, model, tmp_path / "second", *shared, "--align-steps", 0))
+    assert sum(looks) == 40 and not (tmp_path / "second/features.f16").exists()
+    train.main(command(tiny, model, tmp_path / "third", *shared, "--align-steps", 0))
+    assert sum(looks) == 40
+    train.main(command(tiny, model, tmp_path / "alone", "--align-steps", 0))  # the control
+    assert sum(looks) > 40
+    assert losses(tmp_path / "second") == losses(tmp_path / "third") == losses(tmp_path / "alone")
+
+
+def test_a_run_waits_for_another_that_looks(tmp_path):
+    path = tmp_path / "f"
+    path.touch()
+    with open(path, "r+b") as first, open(path, "r+b") as second:
+        wait_to_write(first)
+        waiting = threading.Thread(target=wait_to_write, args=[second])
+        waiting.start()
+        waiting.join(0.3)
+        assert waiting.is_alive()
+        first.close()
+        waiting.join(10)
+        assert not waiting.is_alive()
+
+
+def test_a_place_for_the_vits_word_that_makes_no_sense_is_one_line(tiny, start, tmp_path, capsys):
+    there = [*command(tiny, start, tmp_path / "a", "--features", tmp_path / "f"), "--augment"]
+    assert "without --augment" in refused(capsys, train.main, *there)
+    taken = command(tiny, start, tmp_path / "b", "--features", tmp_path)
+    assert str(tmp_path) in refused_at_last(capsys, train.main, *taken)
 
 
 def test_a_vit_that_varies_or_learns_looks_anew(tiny, start, tmp_path, looks):
@@ -197,7 +234,7 @@ def some(tiny, start, tmp_path):
     model = NanoAKI.load(start, new_parts=True)
     records = train.read_splits(tiny)
     examples = [Examples(records[name], model.tokenizer, model.config) for name in records]
-    return features.Features(tmp_path / "f", examples, model), model
+    return features.Features(tmp_path / "f", records.values(), examples, model), model
 
 
 @pytest.mark.parametrize("turn", [(0, 1, 2), (2, 0, 1)])
@@ -225,7 +262,7 @@ def test_states_are_the_vits_own_in_half_precision_and_survive_pickling(some):
     assert not found.missing()
     with torch.no_grad():
         model.vit.norm.bias += 1
-    assert len(features.Features(found.file, [], model).missing()) == 0  # of no picture
+    assert len(features.Features(found.file, [], [], model).missing()) == 0  # of no picture
     found.weights = "others"
     assert len(found.missing()) == 40  # of other weights none is there
 
