@@ -95,9 +95,13 @@ def step_flops(model: NanoAKI, muon: Muon, batch: int, pictures: int, T: int, st
     return pictures * seen + batch * decoder + newton_schulz
 
 
-def random_batch(config, batch_size: int, pictures: int, question: int, answer: int) -> Batch:
-    """Examples of one length, each about one of some pictures."""
-    row = [IMAGE] * config.visual_tokens + [PROMPT] * question + [ANSWER] * answer
+def random_batch(config, batch_size: int, pictures: int, question: int, answer: int,
+                 order: str = "image") -> Batch:
+    """Examples of one length, each about one of some pictures, before or after its question."""
+    row = [IMAGE] * config.visual_tokens + [PROMPT] * question
+    if order == "text":  # but for the <answer> marker
+        row = row[1 - question:] + row[:1 - question]
+    row += [ANSWER] * answer
     roles = torch.tensor([row] * batch_size)
     tokens = torch.randint(0, 256, roles.shape)
     side = config.image_size
@@ -110,35 +114,44 @@ def random_batch(config, batch_size: int, pictures: int, question: int, answer: 
 
 
 def bench_steps(args) -> None:
-    """A step of train.py under each mask, on a random batch, against matrix products."""
+    """A step of train.py under each mask, on a random batch, against matrix products.
+
+    And under `text`: causal, with the picture after the question.
+    """
     device, reason = choose_device(args.device)
     print(reason)
     size, pictures = args.batch_size, -(-args.batch_size // args.share)
     config = replace(PRESETS[args.preset], vocab_size=393)
-    batch = random_batch(config, size, pictures, question=11, answer=4)  # about as in shapes
-    stages = [Stage("instruct", 1, None, None, mask, 2500, 0.001, 500, 500) for mask in MASKS]
-    times, rates, T = {mask: [] for mask in MASKS}, [], batch.tokens.shape[1]
+    batch, other = (random_batch(config, size, pictures, 11, 4, order)  # about as in shapes
+                    for order in ("image", "text"))
+    entries = {name: (Stage("instruct", 1, None, None, mask, 2500, 0.001, 500, 500), some)
+               for name, mask, some in [*((mask, mask, batch) for mask in MASKS),
+                                        ("text", "causal", other)]}
+    times, rates, T = {name: [] for name in entries}, [], batch.tokens.shape[1]
     with TemporaryDirectory() as folder:
+        stages = [stage for stage, _ in entries.values()]
         run = Run(Settings(out=folder), NanoAKI(config).to(device), stages, device, Progress())
         run.make_optimizers()
-        for stage in stages:
-            run.step(stage, (batch,), len(batch.learned))
+        for stage, some in entries.values():
+            run.step(stage, (some,), len(some.learned))
         for _ in range(args.rounds):  # in turn, so that a slow moment hits all masks alike
             rates.append(matmul_rate(device, size * T, config.n_embd))
-            for stage in stages:
+            for name, (stage, some) in entries.items():
                 synchronize(device)
                 start = time.perf_counter()
-                run.step(stage, (batch,), len(batch.learned))
+                run.step(stage, (some,), len(some.learned))
                 synchronize(device)
-                times[stage.mask].append(time.perf_counter() - start)
+                times[name].append(time.perf_counter() - start)
         flops = step_flops(run.model, run.optimizers[0], size, pictures, T, batch.start)
     rate = statistics.median(rates)
     print(f"matrix products: {rate / 1e9:.0f} GFLOP/s; a step of {size} examples about {pictures} "
           f"pictures, {T} positions: {flops / 1e9:.1f} GFLOP")
-    for mask, seconds in times.items():
+    causal = statistics.median(times["causal"])
+    for name, seconds in times.items():
         median = statistics.median(seconds)
-        print(f"{mask:<8}{1e3 * median:>8.1f} ms a step{size / median:>8.0f} samples/s"
-              f"{flops / median / rate:>8.0%} of the matrix-product rate")
+        print(f"{name:<8}{1e3 * median:>8.1f} ms a step{median / causal:>6.2f} of causal's"
+              f"{size / median:>8.0f} samples/s{flops / median / rate:>8.0%} of the "
+              f"matrix-product rate")
 
 
 @torch.no_grad()
