@@ -35,7 +35,7 @@ from data.scenes import PLACES  # noqa: E402
 from engine.attention import attention_maps  # noqa: E402
 from engine.checkpoint import Progress  # noqa: E402
 from engine.device import choose_device, keep_freed_memory  # noqa: E402
-from engine.flags import Parser  # noqa: E402
+from engine.flags import Parser, one_line, run_script  # noqa: E402
 from engine.optimizer import Muon  # noqa: E402
 from helpers import ROOT, kill_and_resume, make_tiny  # noqa: E402
 from nanoaki import (ANSWER, IMAGE, MASKS, PRESETS, PROMPT, Batch, Cache, Model,  # noqa: E402
@@ -500,22 +500,27 @@ def make_parser() -> Parser:
     return parser
 
 
+def main(argv: list[str] | None = None) -> None:
+    args = make_parser().parse_args(argv)
+    with one_line():
+        if args.records:
+            bench_records(args.records)
+        elif args.reads:
+            bench_reads(args.reads)
+        elif args.probe:
+            bench_probe(args.probe, args.data)
+        elif args.questions:
+            bench_questions(args)
+        elif args.page:
+            bench_page(args.page)
+        elif args.kills:
+            bench_kills(args.kills)
+        elif args.tokens:
+            bench_length(args)
+        else:
+            keep_freed_memory()
+            bench_steps(args)
+
+
 if __name__ == "__main__":
-    args = make_parser().parse_args()
-    if args.records:
-        bench_records(args.records)
-    elif args.reads:
-        bench_reads(args.reads)
-    elif args.probe:
-        bench_probe(args.probe, args.data)
-    elif args.questions:
-        bench_questions(args)
-    elif args.page:
-        bench_page(args.page)
-    elif args.kills:
-        bench_kills(args.kills)
-    elif args.tokens:
-        bench_length(args)
-    else:
-        keep_freed_memory()
-        bench_steps(args)
+    run_script(main)
