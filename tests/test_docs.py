@@ -13,8 +13,8 @@ ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 PAGES = [README, *sorted(ROOT.glob("docs/*.md")), ROOT / "data/README.md"]
 # (links, commands): where fewer are found, it is the finding that fails
-LEAST = {"README.md": (12, 16), "docs/claim.md": (16, 22), "docs/pretrained.md": (10, 9),
-         "data/README.md": (0, 2)}
+LEAST = {"README.md": (12, 16), "docs/claim.md": (10, 5), "docs/running.md": (9, 12),
+         "docs/pretrained.md": (10, 9), "data/README.md": (0, 2)}
 MODULES = {"train.py": "train", "sample.py": "sample", "draw.py": "draw", "compare.py": "compare",
            "engine/pretrained.py": "engine.pretrained", "engine/memory.py": "engine.memory",
            "tests/bench.py": "bench"}
