@@ -311,7 +311,7 @@ def plan(masks: str, seeds: int, jobs: int | None, flags: dict) -> Comparison:
     if not file_of(folder, "train"):
         raise ValueError(f"there is no {folder / 'train.json'}")
     if settings.looks_once:  # one ViT, one look, for all runs
-        flags.setdefault("features", str(out / "features.f16"))
+        flags.setdefault("features", str(out))
     aligns = settings.align_steps > 0 and (folder / "captions.json").exists()
     return Comparison(
         out, entries, list(range(settings.seed, settings.seed + seeds)),

@@ -56,8 +56,8 @@ class Settings:
     init: str = knob("", "checkpoint to begin from, with its tokenizer and config: a trained one, "
                          "in stage 2 but for --align-steps, or engine/pretrained.py's, in stage 1")
     freeze: str = knob("", "vit, decoder or both, with a comma: keep them as --init has them")
-    features: str = knob("", "file that keeps what a frozen ViT says of each picture, also for "
-                             "other runs; '' is features.f16 in --out")
+    features: str = knob("", "folder for what a frozen ViT says of each picture, which runs on the "
+                             "same data can share; '' is --out")
     batch_size: int = knob(32, "examples a step, over all processes: more are slower, steadier", 1)
     grad_accum: int = knob(1, "parts that a process splits its share of a batch into: less memory",
                            1)
@@ -344,7 +344,7 @@ def prepare(s: Settings, config: Config, state: dict | None, longer: bool):
     state is a checkpoint whose tokenizer is taken; longer lets the data choose block_size.
     """
     folder, stages = shapes.find(s.data), []
-    records = read_splits(folder, s.skip_bad, captions=s.align_steps > 0 or s.looks_once)
+    records = read_splits(folder, s.skip_bad, captions=s.align_steps > 0)
     if state and state["merges"] is not None:
         tokenizer = Tokenizer(state["merges"])
     else:
@@ -438,8 +438,10 @@ def train(argv: list[str] | None) -> None:
     if s.steps and s.test_sample:
         shown.append(examples)
     if s.looks_once:
-        file = Path(s.features or out / "features.f16")
-        features = Features(file, records.values(), shown, model)
+        files = {some.records.path for some in shown}
+        others = [some for some in records.values() if some.path not in files]
+        features = Features(Path(s.features or out), [some.records for some in shown], others,
+                            model, in_bfloat16(device.type, s.dtype))
         first_does(features.check_room)
     keep_freed_memory()  # from here on: what reading took is given back
     out.mkdir(parents=True, exist_ok=True)

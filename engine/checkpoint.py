@@ -10,7 +10,7 @@ from engine.folder import refuse_used
 from engine.processes import rank_and_world
 from nanoaki import PRESETS, Config, NanoAKI, load_file, save_file
 
-RESUMED = ("out", "device", "workers", "save_every", "features", "vocab_size")  # flags free on --resume
+RESUMED = ("out", "device", "workers", "save_every", "features", "vocab_size")  # free on --resume
 THERE = ("data", "skip_bad")  # free too: the folder may have moved, a picture may have broken
 INIT = ("mask", "dropout", "order")  # fields of Config free with --init
 STAGE_1 = ("align_steps", "align_lr", "preset")  # settings of no use where stage 1 is over
@@ -47,8 +47,8 @@ def settle(cls, flags: dict, resume: bool) -> tuple:
 
     Raises ValueError where flags, folder and checkpoint do not go together.
     """
-    settings = cls(**pick(cls, flags))
-    out = Path(settings.out or Path("out") / Path(settings.data).name)
+    settings = None if resume else cls(**pick(cls, flags))  # where a run goes on, most are its own
+    out = Path(flags.get("out") or Path("out") / Path(flags.get("data", cls.data)).name)
     if resume:
         start = out / "last.pt"
         state = load_file(start)

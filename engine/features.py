@@ -2,15 +2,16 @@
 import hashlib
 import os
 import shutil
+import time
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data.llava import Examples, Records
+from data.llava import Records, say_once
 from engine.device import autocast
-from engine.folder import wait_to_write
+from engine.folder import try_to_lock
 from engine.processes import rank_and_world, total
 from nanoaki import NanoAKI, fit_picture
 
@@ -21,17 +22,31 @@ AT_ONCE = 32  # pictures that the ViT looks at
 class Features:
     """features[path] are the ViT's states of a picture, float16 (patches, vit_embd)."""
 
-    def __init__(self, file: Path, records: list[Records], some: list[Examples], model: NanoAKI):
-        """A row of the file for each picture of the records, of which some examples are needed.
+    def __init__(self, folder: Path, shown: list[Records], others: list[Records], model: NanoAKI,
+                 bfloat16: bool = False):
+        """A row of a file in the folder for each picture; those of the records shown are needed.
 
-        Rows are in the order of paths: the same for all runs on a folder, whatever they need.
+        The file's name is of the ViT's weights and type and of all pictures but those of captions
+        alone, whose rows come last: so it serves all runs that have these, whatever they need.
         """
-        c, digest = model.config, hashlib.sha256()
+        c, digest = model.config, hashlib.sha256(str(bfloat16).encode())
         for weights in model.vit.state_dict().values():
             digest.update(weights.cpu().numpy().tobytes())
-        self.file, self.shape, self.weights = file, (c.patches, c.vit_embd), digest.hexdigest()
-        self.rows = {path: row for row, path in enumerate(sorted(pictures(records)))}
-        self.needed = sorted(pictures(examples.records for examples in some))
+        self.weights, asked, captioned, needed = digest.hexdigest(), set(), set(), set()
+        for n, some in enumerate([*shown, *others]):
+            paths = {some.path.parent / path for record in some for path in record.pictures}
+            if some.path.stem == "captions":
+                captioned |= paths
+            else:
+                asked |= paths
+            if n < len(shown):
+                needed |= paths
+        first = sorted(asked)
+        for path in first:
+            digest.update(f"{path}\n".encode("utf-8", "surrogateescape"))
+        self.file = folder / f"features-{digest.hexdigest()[:12]}.f16"
+        self.rows = {path: row for row, path in enumerate(first + sorted(captioned - asked))}
+        self.needed, self.shape = sorted(needed), (c.patches, c.vit_embd)
         self.size = KEY + 2 * c.patches * c.vit_embd
 
     def key(self, path: Path) -> bytes:
@@ -71,6 +86,8 @@ class Features:
     def check_room(self) -> None:
         """Say how much the file will hold; raises ValueError where its disk has no room for it."""
         there = [folder for folder in self.file.absolute().parents if folder.exists()][0]
+        if not there.is_dir():
+            raise ValueError(f"--features: {there} is no folder")
         missing, free = len(self.missing()), shutil.disk_usage(there).free
         needed = missing * self.size
         print(f"the ViT is frozen and looks at each picture once: {missing:,} of "
@@ -83,15 +100,19 @@ class Features:
     def fill(self, model: NanoAKI, dtype: str, skip_bad: bool) -> None:
         """Look at all pictures that are missing, a share of them in every process.
 
-        Raises ValueError where a picture is broken, but leaves it out with skip_bad.
+        While another run is looking, wait: it may look at the same. Raises ValueError where a
+        picture is broken, but leaves it out with skip_bad.
         """
         (rank, world), device = rank_and_world(), next(model.parameters()).device
+        said = set()
+        if not total(len(self.missing()))[0]:
+            return
         self.file.parent.mkdir(parents=True, exist_ok=True)
         self.file.touch()
         with open(self.file, "r+b") as file:
-            if rank == 0:
-                wait_to_write(file)
-            total(0)  # a meeting: no other run is looking now
+            while total(float(rank == 0 and not try_to_lock(file)))[0]:
+                say_once(f"{self.file}: another run is looking; this one waits for it", said)
+                time.sleep(0.5)
             # By row: another process may be at work before this one knows what is missing.
             mine = [path for path in self.missing() if self.rows[path] % world == rank]
             bar = tqdm(total=len(mine), desc="looking", unit="picture", leave=False,
@@ -127,9 +148,3 @@ class Features:
                 if not skip_bad:
                     raise ValueError(f"{e}; --skip-bad, also with --resume, leaves it out") from e
         return found
-
-
-def pictures(records) -> set[Path]:
-    """The paths of all pictures that some Records show."""
-    return {some.path.parent / path for some in records for record in some
-            for path in record.pictures}

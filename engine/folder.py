@@ -49,15 +49,16 @@ def locked(path: Path):
     return lock
 
 
-def wait_to_write(file) -> None:
-    """Lock an open file as soon as no other process has it, where that can be done."""
-    with suppress(ImportError, OSError):  # Windows has none, nor have some file systems
+def try_to_lock(file) -> bool:
+    """Whether no other process has an open file locked; it is locked until it is closed."""
+    try:
         import fcntl
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"{file.name}: another run is writing it; this one waits", flush=True)
-            fcntl.flock(file, fcntl.LOCK_EX)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except (ImportError, OSError):  # Windows has no locks, nor have some file systems
+        return True
+    return True
 
 
 def is_at(file, path: Path) -> bool:

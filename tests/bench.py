@@ -5,7 +5,7 @@ What is measured rather than tested: time of a step, memory of a large dataset, 
     ONEDNN_MAX_CPU_ISA=AVX2 python tests/bench.py
     python tests/bench.py --preset small --device cuda
     python tests/bench.py --tokens 4096 --device cuda   # attention at length: dense, flex, causal
-    python tests/bench.py --questions 10                # about one picture, in turn: what can be kept
+    python tests/bench.py --questions 10                # about a picture, in turn: what can be kept
     python tests/bench.py --records 665000              # Linux: 1 GB of records, as LLaVA-1.5 has
     python tests/bench.py --kills 200                   # train.py is killed and resumed
     python tests/bench.py --reads out/shapes/model.pt   # which words visual tokens attend to
@@ -38,7 +38,7 @@ from engine.device import choose_device, keep_freed_memory  # noqa: E402
 from engine.flags import Parser, one_line, run_script  # noqa: E402
 from engine.optimizer import Muon  # noqa: E402
 from helpers import ROOT, kill_and_resume, make_tiny  # noqa: E402
-from nanoaki import (ANSWER, IMAGE, MASKS, PRESETS, PROMPT, Batch, Cache, Model,  # noqa: E402
+from nanoaki import (ANSWER, IMAGE, MASKS, PAD, PRESETS, PROMPT, Batch, Cache, Model,  # noqa: E402
                      NanoAKI, attend, make_block_mask, make_mask, positions)
 from train import Run, Settings, Stage  # noqa: E402
 
@@ -191,6 +191,8 @@ def answer_in_turn(model: Model, image, questions, answer: int, mask: str, keep:
 
 def bench_questions(args) -> None:
     """The first question about a picture, and all of them in turn: 11 tokens, answers of 4."""
+    if args.questions < 1:
+        raise ValueError(f"--questions must be at least 1, not {args.questions}")
     device, reason = choose_device(args.device)
     print(reason)
     config = replace(PRESETS[args.preset], vocab_size=393)
@@ -373,84 +375,98 @@ def bench_reads(path: str, questions: int = 150) -> None:
                                       for row in torch.stack(values).mean(0).tolist()))
 
 
-def pictures_of(folder: Path, questions: int):
-    """(picture, question, thing it names, thing at each of the places it has) of training records.
+def named_things(folder: Path, questions: int) -> list[tuple]:
+    """(picture, question, the thing it names, thing at each place that has one) of train.json.
 
-    What stands where is what a caption says of a picture, of all whose caption does.
+    What stands where is what the picture's caption says, where that says it.
     """
     talks = {caption["image"]: [turn["value"] for turn in caption["conversations"]]
              for caption in json.loads((folder / "captions.json").read_text())}
-    names = {image: said for image, (asked, said) in talks.items() if "the picture" in asked}
+    captions = {image: said for image, (asked, said) in talks.items() if "the picture" in asked}
     found = []
     for record in json.loads((folder / "train.json").read_text()):
-        named = re.search(r"(?:where is|what is \w+(?: of)?) the (?!object)(.+)\?",
-                          record["conversations"][0]["value"])
-        if named and record["image"] in names and record["task"] in ("where", "rel"):
+        question = record["conversations"][0]["value"].removeprefix("<image>\n")
+        named = re.fullmatch(r"(?:where is|what is (?:left of|right of|above|below)) the (.+)\?",
+                             question)
+        if named and record["image"] in captions:
             things = {}
-            for part in names[record["image"]].split(", "):
-                place = max((p for p in PLACES if part.startswith(p + " ")), key=len)
+            for part in captions[record["image"]].split(", "):
+                place = max((place for place in PLACES if part.startswith(place + " ")), key=len)
                 things[PLACES.index(place)] = part.removeprefix(place + " ")
-            question = record["conversations"][0]["value"].removeprefix("<image>\n")
-            if list(things.values()).count(named[1]) == 1:
+            if list(things.values()).count(named[1]) == 1:  # not by a trait, as "the circle"
                 found.append((folder / record["image"], question, named[1], things))
+    if len(found) < 3:
+        raise ValueError(f"{folder}: no questions of scenes that name a thing of their picture")
     return found[:questions]
 
 
-def fit_probe(x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """The ridge regression from states (n, C) and a constant to labels (n, classes)."""
-    x = F.pad(x, (0, 1), value=1.0)
-    return torch.linalg.solve(x.T @ x + 1e-3 * len(x) * torch.eye(x.shape[1]), x.T @ labels)
+def classify(x: torch.Tensor, labels: torch.Tensor, learn: torch.Tensor) -> torch.Tensor:
+    """Scores (n, classes) of states x (n, C) by the ridge regression of those to learn from."""
+    x, one_hot = F.pad(x, (0, 1), value=1.0), F.one_hot(labels).float()
+    a = x[learn].T @ x[learn] + 1e-3 * int(learn.sum()) * torch.eye(x.shape[1])
+    return x @ torch.linalg.solve(a, x[learn].T @ one_hot[learn])
+
+
+def find_named(x: torch.Tensor, named: torch.Tensor, there: torch.Tensor,
+               test: torch.Tensor) -> float:
+    """How often, of a picture's tokens with a thing, the likeliest is of the one that is named.
+
+    x (questions, V, features), named and there bool (questions, V), test bool (questions,).
+    """
+    learn = (there & ~test[:, None]).flatten()
+    score = classify(x.flatten(0, 1), named.flatten().long(), learn)[:, 1].view(named.shape)
+    best = score.masked_fill(~there, -torch.inf).argmax(1, keepdim=True)
+    return named.gather(1, best)[test].float().mean().item()
 
 
 def bench_probe(path: str, data: str, questions: int = 3000) -> None:
-    """What a linear probe reads from a visual token's state after each block, on held-out pictures.
+    """What linear probes read from states after each block; every third picture tests them.
 
-    Which thing stands in its place, in which place it stands, and, of the things in the picture,
-    whether it is the one that the question names (the best of a picture's tokens is taken).
+    From a visual token's: which thing stands in its place, in which place it stands, whether it is
+    the one that the question names. From the <answer> marker's: in which place that one stands.
+    By chance: the probe for the one named, given thing and place, and nothing of the question.
     """
-    model, rows = NanoAKI.load(path), pictures_of(shapes.find(data), questions)
-    side, states = round(model.config.visual_tokens ** 0.5), []
-    for block in model.decoder.blocks:
-        block.register_forward_pre_hook(lambda block, given: states.append(given[0]))
-    model.decoder.norm.register_forward_pre_hook(lambda norm, given: states.append(given[0]))
-    found = []
+    model, rows = NanoAKI.load(path), named_things(shapes.find(data), questions)
+    V, found = model.config.visual_tokens, []
     for at in range(0, len(rows), 250):
-        some = rows[at:at + 250]
+        some, states = rows[at:at + 250], []
+        hooks = [part.register_forward_pre_hook(lambda part, given: states.append(given[0]))
+                 for part in (*model.decoder.blocks, model.decoder.norm)]
         images, tokens, roles = model.prompt([row[0] for row in some], [row[1] for row in some])
         with torch.no_grad():
             model.hidden(images, tokens, roles)
-        found.append(torch.stack([x[roles == IMAGE].view(len(some), side * side, -1)
-                                  for x in states]))
-        states.clear()
-    x = torch.cat(found, 1)                                         # (layers, questions, V, C)
-    i = torch.arange(side) * 3 // side
-    place = (3 * i[:, None] + i).flatten()                          # of each visual token
+        for hook in hooks:
+            hook.remove()
+        last = (roles != PAD).sum(1) - 1
+        found.append((torch.stack([x[roles == IMAGE].view(len(some), V, -1) for x in states]),
+                      torch.stack([x[torch.arange(len(some)), last] for x in states])))
+    visual, marker = (torch.cat(part, 1) for part in zip(*found))  # (layers, questions, ...)
+    side = round(V ** 0.5)
+    grid = torch.arange(side) * 3 // side
+    place = (3 * grid[:, None] + grid).flatten().expand(len(rows), V)
     names = sorted({thing for row in rows for thing in row[3].values()})
-    number = {name: n for n, name in enumerate(names)}
-    things = torch.tensor([[number.get(row[3].get(p), -1) for p in range(9)] for row in rows])
-    asked = torch.tensor([number[row[2]] for row in rows])
-    thing = things[:, place]                                        # (questions, V); -1: nothing
+    things = torch.tensor([[names.index(row[3][p]) if p in row[3] else -1 for p in range(9)]
+                           for row in rows])
+    asked = torch.tensor([names.index(row[2]) for row in rows])
+    thing = things.gather(1, place)                                # (questions, V); -1: nothing
     there, named = thing >= 0, thing == asked[:, None]
     pictures = sorted({row[0] for row in rows})
-    held_out = set(pictures[::3])
-    test = torch.tensor([row[0] in held_out for row in rows])
-    learn, ask = there & ~test[:, None], there & test[:, None]
-    chance = (1 / (things[test] >= 0).sum(1)).mean()
+    test = torch.tensor([row[0] in set(pictures[::3]) for row in rows])
+    learn, ask = (there & ~test[:, None]).flatten(), (there & test[:, None]).flatten()
+    known = torch.cat([F.one_hot(thing.clamp(min=0)), F.one_hot(place)], 2).float()
     print(f"{path}, {model.config.mask}: {len(rows)} questions about {len(pictures)} pictures, "
-          f"{len(names)} things; every third picture is held out\n"
-          f"after        thing   place   the one asked for (by chance {chance:.1%})")
-    for n, layer in enumerate(x):
+          f"{int(test.sum())} of them to test on, {len(names)} things\n"
+          f"{'after':<12}{'thing':>8}{'place':>8}{'named':>8}{'its place, from <answer>':>28}\n"
+          f"{'by chance':<28}{find_named(known, named, there, test):>8.1%}")
+    for n, (x, y) in enumerate(zip(visual, marker)):
         right = []
-        for labels in (thing, place.expand_as(thing)):
-            one_hot = F.one_hot(labels[learn]).float()
-            scores = F.pad(layer[ask], (0, 1), value=1.0) @ fit_probe(layer[learn], one_hot)
-            right.append((scores.argmax(1) == labels[ask]).float().mean())
-        weights = fit_probe(layer[learn], named[learn].float()[:, None])
-        scores = (F.pad(layer, (0, 1), value=1.0) @ weights)[..., 0].masked_fill(~there, -1e9)
-        best = scores.argmax(1, keepdim=True)
-        right.append(named.gather(1, best)[test].float().mean())
-        print(f"{f'block {n}' if n else 'projector':<12}"
-              + "".join(f"{share:>6.1%}  " for share in right))
+        for labels in (thing.clamp(min=0).flatten(), place.flatten()):
+            scores = classify(x.flatten(0, 1), labels, learn)
+            right.append((scores.argmax(1) == labels)[ask].float().mean().item())
+        where = (things == asked[:, None]).long().argmax(1)
+        its_place = (classify(y, where, ~test).argmax(1) == where)[test].float().mean().item()
+        print(f"{f'block {n}' if n else 'projector':<12}{right[0]:>8.1%}{right[1]:>8.1%}"
+              f"{find_named(x, named, there, test):>8.1%}{its_place:>28.1%}")
 
 
 def bench_page(path: Path) -> None:
@@ -509,7 +525,7 @@ def main(argv: list[str] | None = None) -> None:
             bench_reads(args.reads)
         elif args.probe:
             bench_probe(args.probe, args.data)
-        elif args.questions:
+        elif args.questions is not None:
             bench_questions(args)
         elif args.page:
             bench_page(args.page)

@@ -172,7 +172,7 @@ def test_where_there_is_no_stage_1_stage_2_takes_all_flags(tiny, tmp_path):
     first, _, (run,) = plan(*own).phases(0.5)
     assert not first and run.flags["init"] == str(tmp_path / "own.pt")
     assert run.flags["align_steps"] == 0 and run.flags["freeze"] == "vit"
-    assert run.flags["features"] == str(plan(*own).out / "features.f16")  # one look for all runs
+    assert run.flags["features"] == str(plan(*own).out)  # one look for all runs
     assert "features" not in plan(*own, "--augment").phases(0.5)[2][0].flags
     (one,), _, (run,) = plan(*own, "--align-steps", 7).phases(0.5)  # where it is asked for
     assert one.flags["init"] == str(tmp_path / "own.pt") and one.flags["align_steps"] == 7

@@ -1,4 +1,5 @@
 """What a frozen ViT says of each picture is computed once, kept, and worth as much as anew."""
+import json
 import os
 import pickle
 import shutil
@@ -12,7 +13,7 @@ import torch
 import train
 from data.llava import Examples
 from engine import features, pretrained
-from engine.folder import wait_to_write
+from engine.folder import try_to_lock
 from helpers import make_tiny, metrics, refused, refused_at_last, same, spoil, weights
 from nanoaki import NanoAKI, ViT
 
@@ -52,6 +53,12 @@ def command(data: Path, start: Path, out: Path, *more) -> list[str]:
     return [str(word) for word in ("--data", data, "--init", start, "--out", out, *RUN, *more)]
 
 
+def kept(folder: Path) -> Path | None:
+    """The file of what the ViT said there; no more than one is expected."""
+    (path,) = [*folder.glob("features-*.f16")] or [None]
+    return path
+
+
 def losses(out: Path) -> list[float]:
     return [line[key] for line in metrics(out) for key in ("train_loss", "val_loss") if key in line]
 
@@ -74,7 +81,7 @@ def test_a_frozen_vit_looks_once_and_losses_are_those_of_looking_anew(tiny, star
     train.main(command(tiny, first, tmp_path / "once"))
     assert sum(looks) == 40
     assert "40 of 40 are left" in capsys.readouterr().out
-    assert (tmp_path / "once/features.f16").stat().st_size == 40 * (32 + 2 * 16 * 16)
+    assert kept(tmp_path / "once").stat().st_size == 40 * (32 + 2 * 16 * 16)
     with monkeypatch.context() as patch:
         patch.setattr(Examples, "look", Examples.picture)
         train.main(command(tiny, first, tmp_path / "anew"))
@@ -91,7 +98,7 @@ def test_runs_share_a_file_whatever_stage_and_data_they_need(tiny, start, tmp_pa
     after_stage_1 = sum(looks)
     assert 0 < after_stage_1 < 40  # what is asked in stage 2 alone is not looked at
     train.main(command(tiny, model, tmp_path / "second", *shared, "--align-steps", 0))
-    assert sum(looks) == 40 and not (tmp_path / "second/features.f16").exists()
+    assert sum(looks) == 40 and not kept(tmp_path / "second")
     train.main(command(tiny, model, tmp_path / "third", *shared, "--align-steps", 0))
     assert sum(looks) == 40
     train.main(command(tiny, model, tmp_path / "alone", "--align-steps", 0))  # the control
@@ -99,32 +106,77 @@ def test_runs_share_a_file_whatever_stage_and_data_they_need(tiny, start, tmp_pa
     assert losses(tmp_path / "second") == losses(tmp_path / "third") == losses(tmp_path / "alone")
 
 
-def test_a_run_waits_for_another_that_looks(tmp_path):
-    path = tmp_path / "f"
-    path.touch()
-    with open(path, "r+b") as first, open(path, "r+b") as second:
-        wait_to_write(first)
-        waiting = threading.Thread(target=wait_to_write, args=[second])
+def test_data_vits_and_types_that_differ_have_files_of_their_own(tiny, start, some, tmp_path):
+    found, model = some
+    records = list(train.read_splits(tiny).values())
+
+    def file(*shown, others=(), **more):
+        return features.Features(tmp_path, list(shown), list(others), model, **more).file
+
+    captions = [part for part in records if part.path.stem == "captions"]
+    asked = [part for part in records if part.path.stem != "captions"]
+    assert file(*records) == file(*captions, others=asked) == file(*asked) == found.file
+    assert file(*asked[1:]) != found.file != file(*records, bfloat16=True)
+    with torch.no_grad():
+        model.vit.norm.bias += 1
+    assert file(*records) != found.file
+
+
+def test_pictures_of_captions_alone_do_not_move_the_others(tiny, start, tmp_path, looks):
+    data = shutil.copytree(tiny, tmp_path / "data")
+    shutil.copy(data / "images/train1.png", data / "images/alone.png")
+    captions = json.loads((data / "captions.json").read_text())
+    captions[0]["image"] = "images/alone.png"
+    (data / "captions.json").write_text(json.dumps(captions))
+    shared = ["--features", tmp_path / "kept"]
+    train.main(command(data, start, tmp_path / "first", *shared))
+    assert sum(looks) == 41
+    (data / "captions.json").write_text("[broken")  # of which stage 2 alone knows nothing
+    train.main(command(data, tmp_path / "first/model.pt", tmp_path / "second", *shared,
+                       "--align-steps", 0))
+    assert sum(looks) == 41
+
+
+def test_a_run_waits_while_another_looks(some, looks):
+    found, model = some
+    found.file.touch()
+    with open(found.file, "r+b") as other:
+        assert try_to_lock(other)
+        waiting = threading.Thread(target=found.fill, args=[model, "float32", False])
         waiting.start()
-        waiting.join(0.3)
-        assert waiting.is_alive()
-        first.close()
-        waiting.join(10)
-        assert not waiting.is_alive()
+        waiting.join(1)
+        assert waiting.is_alive() and not looks
+    waiting.join(60)
+    assert not waiting.is_alive() and sum(looks) == 40
 
 
-def test_a_place_for_the_vits_word_that_makes_no_sense_is_one_line(tiny, start, tmp_path, capsys):
-    there = [*command(tiny, start, tmp_path / "a", "--features", tmp_path / "f"), "--augment"]
-    assert "without --augment" in refused(capsys, train.main, *there)
-    taken = command(tiny, start, tmp_path / "b", "--features", tmp_path)
-    assert str(tmp_path) in refused_at_last(capsys, train.main, *taken)
+def test_a_stopped_run_goes_on_with_what_other_runs_share(tiny, start, tmp_path, looks,
+                                                         monkeypatch):
+    shared = ["--features", str(tmp_path / "kept")]
+
+    def stop():
+        raise SystemExit(9)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        stop_at(patch, 1, 2, stop)
+        train.main(command(tiny, start, tmp_path / "out", *shared))
+    train.main(["--resume", "--out", str(tmp_path / "out"), *shared])
+    assert sum(looks) == 40 and metrics(tmp_path / "out")[-1]["stage"] == "test"
+
+
+def test_features_that_cannot_be_used_are_refused_in_one_line(tiny, start, tmp_path, capsys):
+    flags = [*command(tiny, start, tmp_path / "a", "--features", tmp_path / "f"), "--augment"]
+    assert "without --augment" in refused(capsys, train.main, *flags)
+    taken = command(tiny, start, tmp_path / "b", "--features", tiny / "train.json")
+    assert "train.json is no folder" in refused(capsys, train.main, *taken)
+    assert not (tmp_path / "b").exists()
 
 
 def test_a_vit_that_varies_or_learns_looks_anew(tiny, start, tmp_path, looks):
     for name, flags in (("augmented", ["--augment"]), ("free", ["--freeze", "decoder"])):
         looks.clear()
         train.main(command(tiny, start, tmp_path / name, *flags))
-        assert sum(looks) > 80 and not (tmp_path / name / "features.f16").exists()
+        assert sum(looks) > 80 and not kept(tmp_path / name)
 
 
 def test_loader_workers_share_what_the_vit_said(tiny, start, tmp_path):
@@ -224,7 +276,7 @@ def test_a_disk_without_room_is_refused_before_a_run_begins(tiny, start, tmp_pat
         monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
         if free < needed:
             said = refused(capsys, train.main, *command(tiny, start, tmp_path / "out"))
-            assert "features.f16: its disk has" in said and not (tmp_path / "out").exists()
+            assert ".f16: its disk has" in said and not (tmp_path / "out").exists()
         else:
             train.main(command(tiny, start, tmp_path / "out"))
 
@@ -234,7 +286,7 @@ def some(tiny, start, tmp_path):
     model = NanoAKI.load(start, new_parts=True)
     records = train.read_splits(tiny)
     examples = [Examples(records[name], model.tokenizer, model.config) for name in records]
-    return features.Features(tmp_path / "f", records.values(), examples, model), model
+    return features.Features(tmp_path, list(records.values()), [], model), model
 
 
 @pytest.mark.parametrize("turn", [(0, 1, 2), (2, 0, 1)])
@@ -262,7 +314,6 @@ def test_states_are_the_vits_own_in_half_precision_and_survive_pickling(some):
     assert not found.missing()
     with torch.no_grad():
         model.vit.norm.bias += 1
-    assert len(features.Features(found.file, [], [], model).missing()) == 0  # of no picture
     found.weights = "others"
     assert len(found.missing()) == 40  # of other weights none is there
 

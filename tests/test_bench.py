@@ -1,0 +1,39 @@
+"""What bench.py measures of a model, and the pages quote, is what it says it is."""
+import pytest
+import torch
+
+from bench import answer_in_turn, find_named
+from conftest import tiny_model
+
+
+def scenes(questions: int = 300, tokens: int = 9):
+    """(there, named, test) of scenes with things in half of their places, one of them named."""
+    generator = torch.Generator().manual_seed(0)
+    there = torch.rand(questions, tokens, generator=generator) < 0.5
+    there[:, 0] = True
+    chosen = torch.multinomial(there.float(), 1, generator=generator)
+    named = torch.zeros_like(there).scatter(1, chosen, True)
+    return there, named, torch.arange(questions) % 3 == 0
+
+
+def test_the_probe_finds_what_states_mark_and_nothing_where_they_do_not():
+    there, named, test = scenes()
+    x = torch.randn(*there.shape, 400, generator=torch.Generator().manual_seed(1))  # by heart: 1.0
+    chance = (1 / there.sum(1))[test].mean().item()
+    assert find_named(x, named, there, test) == pytest.approx(chance, abs=0.1)  # the control
+    x[..., 3] += 8.0 * named
+    assert find_named(x, named, there, test) == 1.0
+
+
+@pytest.mark.parametrize("mask, same", [("causal", True), ("image", True), ("mma", False),
+                                        ("prefix", False)])
+def test_keys_of_a_picture_can_be_kept_where_it_has_not_read_the_question(mask, same):
+    model = tiny_model()
+    side = model.config.image_size
+    image = torch.randint(0, 256, (1, 3, side, side), dtype=torch.uint8)
+    questions = torch.randint(0, 256, (3, 5))
+    how = model, image, questions, 2, mask
+    anew, tokens_kept, keys_kept = (answer_in_turn(*how, keep)[0]
+                                    for keep in ("nothing", "visual tokens", "keys"))
+    assert torch.allclose(tokens_kept, anew, atol=1e-5)
+    assert torch.allclose(keys_kept, anew, atol=1e-5) == same
