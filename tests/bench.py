@@ -11,6 +11,7 @@ What is measured rather than tested: time of a step, memory of a large dataset, 
     python tests/bench.py --reads out/shapes/model.pt   # which words visual tokens attend to
     python tests/bench.py --probe out/shapes/model.pt   # what visual tokens' states tell, by layer
     python tests/bench.py --page docs/page.html         # a redraw of a page in Chromium
+    python tests/bench.py --growth things 12=DIR 54=DIR --lr 0.002  # compare.py's: DIR is a seed's
 """
 import json
 import random
@@ -29,14 +30,18 @@ import torch.nn.functional as F
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from compare import COLORS  # noqa: E402
+from compare import Run as Compared  # noqa: E402
 from data import shapes  # noqa: E402
 from data.llava import Records  # noqa: E402
 from data.scenes import PLACES  # noqa: E402
 from engine.attention import attention_maps  # noqa: E402
+from engine.charts import chart  # noqa: E402
 from engine.checkpoint import Progress  # noqa: E402
 from engine.device import choose_device, keep_freed_memory  # noqa: E402
 from engine.flags import Parser, one_line, run_script  # noqa: E402
 from engine.optimizer import Muon  # noqa: E402
+from engine.pictures import GAP, frame, join, legend  # noqa: E402
 from helpers import ROOT, kill_and_resume, make_tiny  # noqa: E402
 from nanoaki import (ANSWER, IMAGE, MASKS, PAD, PRESETS, PROMPT, Batch, Cache, Model,  # noqa: E402
                      NanoAKI, attend, make_block_mask, make_mask, positions)
@@ -469,6 +474,26 @@ def bench_probe(path: str, data: str, questions: int = 3000) -> None:
               f"{find_named(x, named, there, test):>8.1%}{its_place:>28.1%}")
 
 
+def draw_growth(panels: list[list[str]], lr: float) -> Image.Image:
+    """Test accuracy of causal and MMA over what differs between comparisons, a panel each.
+
+    A panel is its title, then number=folder of a seed in compare.py's folder, at that rate.
+    """
+    charts = []
+    for title, *points in panels:
+        curves = {"causal": {}, "mma": {}}
+        for point in points:
+            number, _, folder = point.partition("=")
+            for entry, curve in curves.items():
+                run = Compared(Path(folder, f"{entry}-{lr:g}"), {}, "test", entry)
+                curve[int(number)] = [100 * run.scores()["accuracy"]["all"]]
+            print(f"{number} {title}: causal {curves['causal'][int(number)][0]:.1f}%, "
+                  f"mma {curves['mma'][int(number)][0]:.1f}%")
+        charts.append(chart(f"accuracy (%) over {title}", curves, COLORS, max(curves["mma"])))
+    key = legend([(entry, COLORS[entry]) for entry in curves], charts[0].width)
+    return frame(join([key, join(charts, gap=GAP)], down=True, gap=10))
+
+
 def bench_page(path: Path) -> None:
     """From a key to the page's new style, layout and grid, with one mask and with all of them."""
     from browser import Browser, find_chromium
@@ -513,6 +538,9 @@ def make_parser() -> Parser:
     parser.add_argument("--data", default=defaults.data)
     parser.add_argument("--page", metavar="FILE", type=Path,
                         help="a redraw of a page of draw.py, instead")
+    parser.add_argument("--growth", metavar="ARGUMENT", nargs="+", action="append",
+                        help="draw growth.png, instead: a title and number=folder, for each panel")
+    parser.add_argument("--lr", type=float, default=defaults.lr, help="of the runs for --growth")
     return parser
 
 
@@ -529,6 +557,8 @@ def main(argv: list[str] | None = None) -> None:
             bench_questions(args)
         elif args.page:
             bench_page(args.page)
+        elif args.growth:
+            draw_growth(args.growth, args.lr).save("growth.png")
         elif args.kills:
             bench_kills(args.kills)
         elif args.tokens:

@@ -1,8 +1,10 @@
 """What bench.py measures of a model, and the pages quote, is what it says it is."""
+import json
+
 import pytest
 import torch
 
-from bench import answer_in_turn, find_named
+from bench import answer_in_turn, draw_growth, find_named
 from conftest import tiny_model
 
 
@@ -37,3 +39,17 @@ def test_keys_of_a_picture_can_be_kept_where_it_has_not_read_the_question(mask, 
                                     for keep in ("nothing", "visual tokens", "keys"))
     assert torch.allclose(tokens_kept, anew, atol=1e-5)
     assert torch.allclose(keys_kept, anew, atol=1e-5) == same
+
+
+def test_growth_is_of_the_runs_at_the_rate_and_of_the_mask_that_are_named(tmp_path, capsys):
+    for run, mask, right in (("causal-0.002", "causal", 1), ("mma-0.002", "mma", 3),
+                             ("mma-0.004", "mma", 0)):
+        lines = [{"id": "1", "task": "at", "question": "?", "right": "owl", "blind": None,
+                  "answer": "owl" if n < right else "duck"} for n in range(4)]
+        (tmp_path / run).mkdir()
+        (tmp_path / run / f"answers-test-{mask}.jsonl").write_text(
+            "".join(json.dumps(line) + "\n" for line in lines))
+    image = draw_growth([["things", f"12={tmp_path}", f"54={tmp_path}"]], 0.002)
+    assert capsys.readouterr().out == ("12 things: causal 25.0%, mma 75.0%\n"
+                                       "54 things: causal 25.0%, mma 75.0%\n")
+    assert image.getcolors(256 * 256) and image.width > 300
