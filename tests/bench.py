@@ -477,10 +477,13 @@ def bench_probe(path: str, data: str, questions: int = 3000) -> None:
 def draw_growth(panels: list[list[str]], lr: float) -> Image.Image:
     """Test accuracy of causal and MMA over what differs between comparisons, a panel each.
 
-    A panel is its title, then number=folder of a seed in compare.py's folder, at that rate.
+    A panel is its title, then number=folder of a seed in compare.py's folder, at that rate; raises
+    ValueError on anything else, FileNotFoundError where a run has no answers.
     """
     charts = []
     for title, *points in panels:
+        if not points or not all(re.fullmatch(r"[0-9]+=.+", point) for point in points):
+            raise ValueError(f"--growth {title!r}: a title and number=folder, not {points}")
         curves = {"causal": {}, "mma": {}}
         for point in points:
             number, _, folder = point.partition("=")

@@ -4,7 +4,7 @@ import json
 import pytest
 import torch
 
-from bench import answer_in_turn, draw_growth, find_named
+from bench import COLORS, answer_in_turn, draw_growth, find_named
 from conftest import tiny_model
 
 
@@ -52,4 +52,11 @@ def test_growth_is_of_the_runs_at_the_rate_and_of_the_mask_that_are_named(tmp_pa
     image = draw_growth([["things", f"12={tmp_path}", f"54={tmp_path}"]], 0.002)
     assert capsys.readouterr().out == ("12 things: causal 25.0%, mma 75.0%\n"
                                        "54 things: causal 25.0%, mma 75.0%\n")
-    assert image.getcolors(256 * 256) and image.width > 300
+    used = {color for _, color in image.getcolors(2 ** 24)}
+    assert COLORS["causal"] in used and COLORS["mma"] in used and COLORS["prefix"] not in used
+
+
+@pytest.mark.parametrize("points", [[], ["12"], ["=out"], ["many=out"], ["12="]])
+def test_growth_refuses_what_is_no_number_and_folder(points):
+    with pytest.raises(ValueError, match="--growth 'things': a title and number=folder"):
+        draw_growth([["things", *points]], 0.002)
