@@ -221,7 +221,9 @@ def do(comparison: Comparison, runs: list[Run], bar: tqdm, at_work: TextIO) -> N
 
 def do_all(comparison: Comparison, at_work: TextIO) -> float:
     """Stage 1, the choice of the learning rate, which is returned, and stage 2."""
-    first, trials, second = comparison.phases(comparison.lr or Settings.lr)
+    first, trials, second = comparison.phases(Settings.lr)
+    if all(run.finished() for run in trials):  # the rate is known, and what is trained at it
+        second = comparison.phases(comparison.best_lr())[2]
     total = sum({run.folder: run.steps for run in first + trials + second}.values())
     with tqdm(total=total, initial=steps_made(first + trials + second), smoothing=0, miniters=0,
               mininterval=0.2 if sys.stderr.isatty() else 60,

@@ -72,7 +72,7 @@ def explain(error: RuntimeError) -> str | None:
     if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
         return f"not enough memory: a smaller model, --batch-size, or more --grad-accum ({reason})"
     if module.startswith(("torch._dynamo", "torch._inductor")):
-        return f"--compile does not work here, leave it out ({reason})"
+        return f"--compile or --attention flex does not work here, leave it out ({reason})"
     if "DataLoader worker" in str(error):
         return f"--workers: one has ended; 0 reads in the training process ({reason})"
     if isinstance(error, (NotImplementedError, torch.AcceleratorError)) or "CUDA" in reason:

@@ -477,8 +477,9 @@ def bench_probe(path: str, data: str, questions: int = 3000) -> None:
 def draw_growth(panels: list[list[str]], lr: float) -> Image.Image:
     """Test accuracy of causal and MMA over what differs between comparisons, a panel each.
 
-    A panel is its title, then number=folder of a seed in compare.py's folder, at that rate; raises
-    ValueError on anything else, FileNotFoundError where a run has no answers.
+    A panel is its title, then number=folder of a seed in compare.py's folder, at that rate; of more
+    seeds than one the mean is drawn, and a band of all. Raises ValueError on anything else,
+    FileNotFoundError where a run has no answers.
     """
     charts = []
     for title, *points in panels:
@@ -489,10 +490,12 @@ def draw_growth(panels: list[list[str]], lr: float) -> Image.Image:
             number, _, folder = point.partition("=")
             for entry, curve in curves.items():
                 run = Compared(Path(folder, f"{entry}-{lr:g}"), {}, "test", entry)
-                curve[int(number)] = [100 * run.scores()["accuracy"]["all"]]
-            print(f"{number} {title}: causal {curves['causal'][int(number)][0]:.1f}%, "
-                  f"mma {curves['mma'][int(number)][0]:.1f}%")
-        charts.append(chart(f"accuracy (%) over {title}", curves, COLORS, max(curves["mma"])))
+                found = 100 * run.scores()["accuracy"]["all"]
+                curve.setdefault(int(number), []).append(found)
+                print(f"{number} {title}, {folder}: {entry} {found:.1f}%")
+        measured = {number: (225, 225, 225) for number in curves["mma"]}
+        charts.append(chart(f"accuracy (%) over {title}", curves, COLORS, max(measured),
+                            marks=measured))
     key = legend([(entry, COLORS[entry]) for entry in curves], charts[0].width)
     return frame(join([key, join(charts, gap=GAP)], down=True, gap=10))
 

@@ -3,6 +3,7 @@ import json
 
 import pytest
 import torch
+from PIL import Image
 
 from bench import COLORS, answer_in_turn, draw_growth, find_named
 from conftest import tiny_model
@@ -42,18 +43,33 @@ def test_keys_of_a_picture_can_be_kept_where_it_has_not_read_the_question(mask, 
 
 
 def test_growth_is_of_the_runs_at_the_rate_and_of_the_mask_that_are_named(tmp_path, capsys):
-    for run, mask, right in (("causal-0.002", "causal", 1), ("mma-0.002", "mma", 3),
-                             ("mma-0.004", "mma", 0)):
+    for run, mask, right in (("0/causal-0.002", "causal", 1), ("0/mma-0.002", "mma", 3),
+                             ("0/mma-0.004", "mma", 0), ("1/causal-0.002", "causal", 2),
+                             ("1/mma-0.002", "mma", 3)):
         lines = [{"id": "1", "task": "at", "question": "?", "right": "owl", "blind": None,
                   "answer": "owl" if n < right else "duck"} for n in range(4)]
-        (tmp_path / run).mkdir()
+        (tmp_path / run).mkdir(parents=True)
         (tmp_path / run / f"answers-test-{mask}.jsonl").write_text(
             "".join(json.dumps(line) + "\n" for line in lines))
-    image = draw_growth([["things", f"12={tmp_path}", f"54={tmp_path}"]], 0.002)
-    assert capsys.readouterr().out == ("12 things: causal 25.0%, mma 75.0%\n"
-                                       "54 things: causal 25.0%, mma 75.0%\n")
+    one, other = tmp_path / "0", tmp_path / "1"
+    image = draw_growth([["things", f"12={one}", f"54={other}"]], 0.002)
+    assert capsys.readouterr().out == (
+        f"12 things, {one}: causal 25.0%\n12 things, {one}: mma 75.0%\n"
+        f"54 things, {other}: causal 50.0%\n54 things, {other}: mma 75.0%\n")
     used = {color for _, color in image.getcolors(2 ** 24)}
     assert COLORS["causal"] in used and COLORS["mma"] in used and COLORS["prefix"] not in used
+
+
+def test_growth_of_two_seeds_is_their_mean_and_a_band(monkeypatch):
+    drawn = []
+    monkeypatch.setattr("bench.chart", lambda title, curves, *_, **__: drawn.append(curves)
+                        or Image.new("RGB", (300, 9)))
+    monkeypatch.setattr("bench.Compared.scores", lambda run: {"accuracy": {
+        "all": len(run.mask) / 10 + 0.1 * (run.folder.parent.name == "b")}})
+    draw_growth([["things", "12=a", "12=b", "54=a"]], 0.002)
+    rounded = {entry: {n: [round(value) for value in found] for n, found in curve.items()}
+               for entry, curve in drawn[0].items()}
+    assert rounded == {"causal": {12: [60, 70], 54: [60]}, "mma": {12: [30, 40], 54: [30]}}
 
 
 @pytest.mark.parametrize("points", [[], ["12"], ["=out"], ["many=out"], ["12="]])

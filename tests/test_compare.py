@@ -485,6 +485,15 @@ def refused_last(capsys, argv) -> str:
     return capsys.readouterr().err.splitlines()[-1]
 
 
+def test_what_is_left_is_known_from_the_start_at_the_rate_that_causal_chose(stage, capsys):
+    stage.fates({"seed0/causal-0.005 val": 8})
+    flags = [*stage.flags, "--masks", "causal,mma", "--jobs", "1"]
+    compare.main([*flags, "--seeds", "1"])
+    assert " 0%|" in capsys.readouterr().err
+    compare.main([*flags, "--seeds", "2"])  # of 5 + 3 * 20 + 20, and for the second 5 + 2 * 20
+    assert "| 85 of 130 steps" in capsys.readouterr().err.split("\r")[1]
+
+
 def test_other_masks_and_more_seeds_train_only_what_is_missing(stage, capsys):
     flags = [*stage.flags, "--lr", "0.01", "--jobs", "2"]
     compare.main([*flags, "--masks", "causal", "--seeds", "1"])

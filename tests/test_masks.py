@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 import nanoaki
 from conftest import LENGTH, SAFE, WHERE, alone, fill, make_batch, random_roles, tiny_model
+from engine.device import Objective
 from nanoaki import (ANSWER, IMAGE, MASKS, PAD, PROMPT, Cache, Token, attend, make_block_mask,
                      make_mask, positions)
 
@@ -86,20 +87,40 @@ def test_block_mask_of_flex_attention_has_the_same_rules(roles, name, stretch):
         assert difference < 5e-7 if other == name else difference > 1e-2
 
 
+def batch_to_learn():
+    roles = random_roles()
+    roles = roles[((roles == IMAGE).sum(1) >= 4) & (roles[:, 0] != ANSWER)]
+    return make_batch(*fill(roles), roles, torch.where(roles == ANSWER, fill(roles)[1], -100))
+
+
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("name", MASKS)
 def test_loss_by_flex_attention_is_the_dense_loss(name):
-    model, losses = tiny_model(), {}
-    roles = random_roles()
-    roles = roles[((roles == IMAGE).sum(1) >= 4) & (roles[:, 0] != ANSWER)]
-    images, tokens = fill(roles)
-    batch = make_batch(images, tokens, roles, torch.where(roles == ANSWER, tokens, -100))
+    model, batch = tiny_model(), batch_to_learn()
     with torch.no_grad():
         losses = {other: model.loss(batch, other).item() for other in MASKS}
         model.flex = True
         found = model.loss(batch, name).item()
     for other, loss in losses.items():
         assert abs(found - loss) < 1e-5 if other == name else abs(found - loss) > 1e-4
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="flex_attention learns on CUDA GPUs alone")
+@pytest.mark.parametrize("dtype, near", [("float32", 1e-3), ("bfloat16", 0.2)])
+def test_gradients_by_flex_attention_are_those_of_the_dense_mask(dtype, near):
+    device, batch, gradients = torch.device("cuda"), batch_to_learn(), {}
+    model = tiny_model(torch.float32, n_embd=64).to(device)
+    for name in MASKS:
+        for kind, by in (("exact", "float32"), ("flex", dtype)):
+            model.zero_grad()
+            model.flex = kind == "flex"
+            Objective(model, device, by)(batch, name).backward()
+            gradients[name, kind] = torch.cat([p.grad.flatten() for p in model.parameters()])
+    for name in MASKS:
+        for other in MASKS:
+            exact = gradients[other, "exact"]
+            apart = (gradients[name, "flex"] - exact).norm() / exact.norm()
+            assert apart < near if other == name else apart > 2 * near, (name, other, apart)
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
