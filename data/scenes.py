@@ -10,7 +10,6 @@ import json
 import os
 import random
 import signal
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,7 +17,7 @@ from typing import Callable, NamedTuple
 
 from tqdm import tqdm
 
-from engine.flags import one_line, run_script
+from engine.flags import leave, one_line, run_script
 
 PLACES = ["top left", "top", "top right", "left", "center", "right",
           "bottom left", "bottom", "bottom right"]
@@ -204,7 +203,7 @@ def make_parser(dataset: str, pictures: Path | None = None) -> argparse.Argument
 
 def command(make: Callable, dataset: str, pictures: Path | None = None) -> None:
     """A script that makes a dataset; Ctrl-C and SIGTERM end it with nothing half-written."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    signal.signal(signal.SIGTERM, leave)
     run_script(lambda: run(make, dataset, pictures))
 
 

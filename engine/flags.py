@@ -3,6 +3,7 @@ import argparse
 import difflib
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -38,12 +39,22 @@ def one_line():
         fail(reason)
 
 
+def leave(number: int, frame) -> None:
+    """A signal's handler: end, without reports of what is half-built then, as a bar may be."""
+    sys.unraisablehook = lambda report: None
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
+    raise SystemExit(128 + number)
+
+
 def run_script(main) -> None:
     """A script's main, on a console that may not know every character.
 
     Ctrl-C ends it quietly, and so does a reader that has enough, as head does.
     """
     sys.stdout.reconfigure(errors="replace")
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where it is ignored
+        signal.signal(signal.SIGINT, leave)
     try:
         main()
         sys.stdout.flush()

@@ -126,6 +126,40 @@ def test_a_stopped_data_script_says_at_most_a_line_and_leaves_nothing(number, co
     assert b"Traceback" not in error and error.count(b"\n") <= 1  # the bar erases itself
 
 
+HALF_BUILT = """
+import os, sys
+from tqdm import tqdm
+from data import scenes, shapes
+
+number, how = int(sys.argv.pop()), sys.argv.pop()
+
+class Bar(tqdm):
+    def __init__(self, *args, **kwargs):
+        self.disable = False  # as halfway in tqdm's own
+        os.kill(os.getpid(), number)
+        super().__init__(*args, **kwargs)
+
+scenes.tqdm = Bar
+if how == "reported":
+    scenes.leave = lambda number, frame: sys.exit(128 + number)
+scenes.command(shapes.make, "shapes")
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGTERM that can be handled")
+@pytest.mark.parametrize("how, number, lines", [("quiet", signal.SIGINT, 1),
+                                                ("quiet", signal.SIGTERM, 0),
+                                                ("reported", signal.SIGTERM, None)])
+def test_a_signal_while_a_bar_is_made_is_not_reported_as_an_error(how, number, lines, tmp_path):
+    script = subprocess.run([sys.executable, "-c", HALF_BUILT, "--out", str(tmp_path / "out"),
+                             how, str(int(number))], cwd=ROOT, capture_output=True, text=True)
+    assert script.returncode == 128 + number and not list(tmp_path.iterdir())
+    if how == "reported":  # the control
+        assert "Exception ignored" in script.stderr
+    else:
+        assert script.stderr.count("\n") == lines
+
+
 def test_no_scene_is_in_two_splits(made):
     pictures = {split: {p.read_bytes() for p in (made / "images" / split).iterdir()}
                 for split in ("train", "val", "test")}
