@@ -425,14 +425,14 @@ def is_page(path: str) -> bool:
 def make_parser() -> Parser:
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--ask", nargs="+", required=True, metavar="QUESTION",
+    add("--ask", nargs="+", action="extend", required=True, metavar="QUESTION",
         help="questions, with --model one or two; <image> stands for a picture, without it one "
              "comes first")
-    add("--answer", nargs="+", metavar="TEXT",
+    add("--answer", nargs="+", action="extend", metavar="TEXT",
         help="what stands after the question: one for all, or one for each (default: nothing; a "
              "model gives its own)")
     add("--system", metavar="TEXT", help="text that stands before all questions")
-    add("--history", nargs="+", metavar="TEXT",
+    add("--history", nargs="+", action="extend", metavar="TEXT",
         help="what was said before, questions and answers in turn: Q A [Q A ...]")
     add("--visual-tokens", type=int, help="of a picture (default 16; a model has its own)")
     add("--masks", metavar="NAMES", help=f"of {', '.join(MASKS)}, with commas (default: all but "
@@ -440,8 +440,9 @@ def make_parser() -> Parser:
     add("--out", required=True, metavar="FILE",
         help="picture, or page (.html); - is the terminal, without --model")
     add("--model", metavar="FILE", help="checkpoint whose attention to draw")
-    add("--image", nargs="+", metavar="FILE", help="the pictures that it is asked about")
-    add("--layer", type=int, nargs="+", metavar="N",
+    add("--image", nargs="+", action="extend", metavar="FILE",
+        help="the pictures that it is asked about")
+    add("--layer", type=int, nargs="+", action="extend", metavar="N",
         help="only these layers, the first is 1 (default: the mean of all; on a page each, too)")
     add("--head", type=int, metavar="N",
         help="only this head, the first is 1 (default: the mean of all; on a page each, too)")

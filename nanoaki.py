@@ -934,7 +934,8 @@ def save_file(state: dict, path) -> None:
     except BaseException as e:
         Path(part).unlink(missing_ok=True)
         if isinstance(e, (OSError, RuntimeError)):  # torch.save raises the latter on a full disk
-            raise OSError(f"{path} cannot be written, what it held is whole: {e}") from e
+            reason = e.__context__ or e  # the system's own word comes first
+            raise OSError(f"{path} cannot be written, what it held is whole: {reason}") from e
         raise
 
 

@@ -22,8 +22,8 @@ from data import shapes
 from data.llava import Examples, read_split
 from engine.device import autocast, choose_device
 from engine.evaluation import report
-from engine.flags import Parser, check_asked, flag, one_line, run_script
-from engine.folder import write_whole
+from engine.flags import Parser, check_asked, escaped, flag, one_line, run_script
+from engine.folder import check_writable, write_whole
 from nanoaki import MASKS, NanoAKI, fit_picture
 
 COMMANDS = "in a --chat /new begins another, without pictures, and /image FILE shows one"
@@ -35,7 +35,7 @@ def print_answer(model: NanoAKI, pictures: list[str], texts: list[str], system, 
     for (new,) in model.stream(*model.prompt([pictures], texts[-1:], history, system), **how):
         ids.append(new)
         text = model.tokenizer.decode(ids)
-        print(text[len(shown):], end="", flush=True)
+        print(escaped(text[len(shown):], keep="\n"), end="", flush=True)
         shown = text
     print()
     return shown
@@ -89,7 +89,7 @@ def ask_split(model: NanoAKI, args) -> None:
     examples = Examples(records, model.tokenizer, model.config, args.skip_bad)
     indices = examples.readable(list(range(len(examples))))
     answered = report(model, examples, split, indices, args.mask, dtype=args.dtype)
-    if args.out:
+    if args.out is not None:
         lines = [json.dumps(a._asdict(), ensure_ascii=False) + "\n" for a in answered]
         write_whole(args.out, "".join(lines))
 
@@ -144,15 +144,17 @@ def check(args) -> None:
         raise ValueError("--ask does not go with --chat: its questions are typed")
     for name in ("image", "ask", "system", "history", "chat", "max_new_tokens", "temperature",
                  "top_k", "seed"):
-        if args.data and getattr(args, name) is not None:
+        if args.data is not None and getattr(args, name) is not None:
             raise ValueError(f"{flag(name)} does not go with --data: it asks as written, greedily")
     for name in ("split", "out", "skip_bad"):
-        if not args.data and getattr(args, name):
+        if args.data is None and getattr(args, name):
             raise ValueError(f"{flag(name)} needs --data")
-    if args.out and Path(args.out).exists():
-        raise ValueError(f"{args.out} exists already: remove it, or name another with --out")
-    if args.out and not Path(args.out).absolute().parent.is_dir():
-        raise ValueError(f"--out: there is no folder {Path(args.out).parent}")
+    if args.out is not None:
+        if os.path.lexists(args.out) or not args.out:
+            raise ValueError(f"--out {args.out!r} exists already, or is no name: choose another")
+        if not Path(args.out).absolute().parent.is_dir():
+            raise ValueError(f"--out: there is no folder {Path(args.out).parent}")
+        check_writable(Path(args.out).absolute().parent)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -164,7 +166,7 @@ def main(argv: list[str] | None = None) -> None:
         model = NanoAKI.load(args.model).to(device)
         if model.tokenizer is None:
             raise ValueError(f"{args.model} was saved without a tokenizer: it cannot be asked")
-        if args.data:
+        if args.data is not None:
             print(reason)
             ask_split(model, args)
             return
@@ -185,7 +187,7 @@ def main(argv: list[str] | None = None) -> None:
             answers = model.ask([pictures] * len(args.ask), args.ask, history=history, **how)
         print(reason, file=sys.stderr)
         for answer in answers:
-            print(answer.replace("\n", "\\n"))
+            print(escaped(answer))
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from engine.command import ask_command, example_to_ask
 from engine.device import Objective, choose_device, in_bfloat16, keep_freed_memory
 from engine.evaluation import draw_answered, examine, report
 from engine.features import Features
-from engine.flags import Parser, one_line, quoted, run_script
+from engine.flags import Parser, escaped, one_line, quoted, run_script
 from engine.folder import Metrics, hold, refuse_used, save_picture, write_whole
 from engine.optimizer import make_optimizers, schedule
 from engine.processes import (StopSignal, first_does, in_parallel, joined_processes, load,
@@ -293,7 +293,8 @@ class Run:
         tqdm.write(f"{stage.name} step {now.step}: train loss {train_loss:.3f}, held-out loss "
                    f"{loss:.3f}, exact match {percent(found['accuracy']['all'])} (blind "
                    f"{percent(found['blind'].get('all'))}), {speed:.0f} samples/s\n"
-                   f"    {shown.question}   right: {shown.right}   model: {shown.answer}")
+                   f"    {escaped(shown.question)}   right: {escaped(shown.right)}   "
+                   f"model: {escaped(shown.answer)}")
         if instruct and loss < now.best:
             now.best = loss
             if self.rank == 0:
@@ -393,7 +394,8 @@ def test(run: Run, examples: Examples) -> None:
     if run.rank == 0:
         save_picture(draw_answered(examples, indices[:12], answered), run.out / "samples.png")
     command = ask_command(run.out / "model.pt", example_to_ask(examples), model.config.order)
-    print(f"some of them, with pictures: {run.out / 'samples.png'}\nask it yourself:\n  {command}")
+    print(f"some of them, with pictures: {run.out / 'samples.png'}\nask it yourself:\n ",
+          escaped(command, keep="\n"))
     run.evaluated += time.perf_counter() - start
 
 

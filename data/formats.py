@@ -20,6 +20,8 @@ MEDIA = re.compile(r"\.(jpe?g|jpe|jfif|jp2|png|gif|bmp|webp|tiff?|heic|heif|avif
                    r"ico|dng|npy|mp[34]|m4[av]|mpe?g|mov|avi|mkv|webm|wm[av]|flv|3gp|wav|aiff?|flac|"
                    r"ogg|opus|aac)(\?.*)?\s*$", re.IGNORECASE)
 FILMS = ("video", "videos", "audio", "audios")  # keys
+PICTURES = ("img", "imgs", "picture", "pictures", "photo", "photos", "image_path", "image_paths",
+            "image_url", "image_urls", "image_file", "image_files")  # keys, though none is read
 RECORD_KEYS = frozenset(("id", "task", "image", "images", "conversations", "messages"))
 TURN_KEYS = frozenset(("from", "value", "role", "content"))
 PART_KEYS = frozenset(("type", "text", "image"))
@@ -42,14 +44,16 @@ def parse_record(item: Any, number: int) -> Record:
     if not names or not isinstance(item[names[0]], list):
         raise ValueError('must be {"id", "image", "conversations": [...]}, or the same with '
                          '"messages"')
-    refuse_media(item, RECORD_KEYS)
     if item.get("image") and item.get("images"):
         raise ValueError('has both "image" and "images"')
-    listed = item.get("image") or item.get("images") or []
+    key = "images" if item.get("images") else "image"
+    listed = item.get(key) or []
+    refuse_media(item, RECORD_KEYS, beside=bool(listed))
     if isinstance(listed, str):
         listed = [listed]
     if not isinstance(listed, list) or not all(isinstance(p, str) and p for p in listed):
-        raise ValueError('"image" must be a path, a list of paths, or absent')
+        raise ValueError(f'"{key}" must be a path, a list of paths, or absent, not '
+                         f'{str(item[key])[:80]}')
     turns, pictures, listed = [], [], iter(listed)
     for turn in item[names[0]]:
         speaker, text, shown = parse_turn(turn)
@@ -106,20 +110,41 @@ def join_parts(parts: list, speaker: str) -> tuple[str, list[str]]:
             text += "<image>"
             shown.append(part.get("image") or "")
         else:
-            raise ValueError('a part of a turn must be {"type": "text", "text": text} or, of a '
-                             'user, {"type": "image", "image": path}')
+            raise ValueError(f'a part of a turn must be {{"type": "text", "text": text}} or, of a '
+                             f'user, {{"type": "image", "image": path}}, not {str(part)[:80]}')
         refuse_media(part, PART_KEYS)
     return text, shown
 
 
-def refuse_media(item: dict, known: frozenset[str]) -> None:
-    """Raise ValueError where a key that is not known holds a picture or a film."""
+def refuse_media(item: dict, known: frozenset[str], beside: bool = False) -> None:
+    """Raise ValueError where a key that is not known holds a picture or a film.
+
+    Beside the record's own pictures, addresses on the web and what stands deeper are about them.
+    """
     for key in item.keys() - known:
-        values = item[key] if isinstance(item[key], list) else [item[key]]
-        media = [v for v in values if isinstance(v, str) and MEDIA.search(v)]
-        if media or key in FILMS and item[key]:
-            raise ValueError(f'{key!r} is not read, and holds {str((media or values)[0])[:80]!r}: '
+        texts = strings_in(item[key], deep=not beside or key in PICTURES)
+        media = [text for text in texts if key in PICTURES or MEDIA.search(text)]
+        if beside:
+            media = [text for text in media if not text.startswith(("http://", "https://"))]
+        if key in FILMS and item[key]:
+            media = [str(item[key])]
+        if media:
+            raise ValueError(f'{key!r} is not read, and holds {media[0][:80]!r}: '
                              f'pictures stand under "image" of the record, films nowhere')
+
+
+def strings_in(value: Any, deep: bool) -> list[str]:
+    """All strings but "" in a JSON value, those in objects only where it is to be deep."""
+    found, waiting = [], [value]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict) and deep:
+            waiting += value.values()
+        elif isinstance(value, list):
+            waiting += value
+        elif isinstance(value, str) and value:
+            found.append(value)
+    return found
 
 
 def settle_ends(turns: list[tuple[str, str]]) -> tuple[list[tuple[str, str]], list[str]]:
@@ -145,10 +170,14 @@ def settle_ends(turns: list[tuple[str, str]]) -> tuple[list[tuple[str, str]], li
 
 def check_picture(folder: Path, picture: str) -> None:
     """Raise ValueError that names a picture and says what is wrong with it, mostly undecoded."""
-    path = folder / picture
+    path, name = folder / picture, picture if len(picture) <= 200 else f"{picture[:80]}..."
+    if picture.startswith("data:"):
+        raise ValueError(f"{name}: must be a path below the data folder, not the picture itself")
     if Path(picture).is_absolute() or ".." in Path(picture).parts:
-        raise ValueError(f"{picture}: must be a path below the data folder")
+        raise ValueError(f"{name}: must be a path below the data folder")
     try:
+        if path.exists() and not path.is_file():  # to open a pipe would be to wait for it
+            raise ValueError(f"{name}: is no file")
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as image:
@@ -159,9 +188,12 @@ def check_picture(folder: Path, picture: str) -> None:
         hint = ""
         if "\\" in picture and (folder / picture.replace("\\", "/")).exists():
             hint = "; with slashes in place of backslashes there is one"
-        raise ValueError(f"{picture}: no such file{hint}") from None
+        raise ValueError(f"{name}: no such file{hint}") from None
+    except OSError as e:
+        reason = e.strerror or f"not a picture that Pillow can read ({e})"
+        raise ValueError(f"{name}: {reason}") from e
     except Exception as e:  # Pillow raises whatever the bytes make it raise
-        raise ValueError(f"{picture}: not a picture that Pillow can read ({e})") from e
+        raise ValueError(f"{name}: not a picture that Pillow can read ({e})") from e
 
 
 def jpeg_ends(path: Path) -> bool:
@@ -197,7 +229,8 @@ def json_lines(path: Path) -> Iterator[tuple[Any, int, int]]:
                     item = json.loads(text)
                 except (RecursionError, ValueError) as e:
                     reason = getattr(e, "msg", e)
-                    raise ValueError(f"{path}: line {number} is not JSON: {reason}") from None
+                    raise ValueError(f"{path}: line {number} is not JSON: {reason}; a .jsonl has "
+                                     f"a record a line, a list of them is a .json") from None
                 yield item, start, stop
 
 

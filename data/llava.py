@@ -120,7 +120,7 @@ class Records:
                                 checked.add(picture)
                     except ValueError as e:
                         id = item.get("id") if isinstance(item, dict) else None
-                        bad.append(f"record {number} (id {id!r}): {e}")
+                        bad.append(f"record {number} (id {repr(id)[:80]}): {e}")
                         continue
                     if not last or record.pictures != last:
                         group += 1

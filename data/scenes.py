@@ -17,7 +17,7 @@ from typing import Callable, NamedTuple
 
 from tqdm import tqdm
 
-from engine.flags import leave, one_line, run_script
+from engine.flags import leave, one_line, quoted, run_script
 
 PLACES = ["top left", "top", "top right", "left", "center", "right",
           "bottom left", "bottom", "bottom right"]
@@ -215,5 +215,8 @@ def run(make: Callable, dataset: str, pictures: Path | None) -> None:
         if scenes < 1 or seed < 0:
             raise ValueError(f"--scenes must be at least 1 and --seed 0, not {scenes} and {seed}")
         refuse_existing(out)  # before pictures are read
-        make(out, **flags)
-        print(f"made {out}: python train.py --data {out}")
+        try:
+            make(out, **flags)
+        except OSError as e:
+            raise OSError(f"{e.filename or out}: {e.strerror or e}") from e
+        print(f"made {out}: {quoted(['python', 'train.py', '--data', str(out)])}")

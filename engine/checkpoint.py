@@ -124,6 +124,7 @@ def train_on(out: Path, settings, flags: dict) -> str:
     left_out = ("out", "init", *STAGE_1)
     kept = {f.name: getattr(settings, f.name) for f in fields(settings)
             if f.name not in left_out and getattr(settings, f.name) != f.default}
-    new = {name: value for name, value in flags.items() if name not in left_out}
+    brought = [f.name for f in fields(Config) if f.name not in INIT]
+    new = {name: value for name, value in flags.items() if name not in (*left_out, *brought)}
     begin = {"init": out / "model.pt", "out": f"{out}-on"}
     return quoted(as_command("train.py", begin | kept | new))

@@ -17,7 +17,8 @@ def example_to_ask(examples: Examples) -> Example:
 def ask_command(model_path, example: Example, order: str) -> str:
     """The sample.py command that gives a model of that order an Example's prompt.
 
-    It is quoted for this system, without <image> where pictures stand in the same places anyway.
+    It is quoted for this system, without <image> where pictures stand in the same places anyway;
+    a question that says nothing is left to be typed.
     """
     written, bare, pictures = [], [], [str(path) for path in example.pictures]
     for speaker, text in example.turns:
@@ -26,12 +27,12 @@ def ask_command(model_path, example: Example, order: str) -> str:
         written.append((speaker, "<image>".join(pieces)))
         bare.append((speaker, "".join(pieces)))
     placed = [place_pictures(turns, len(pictures), order) for turns in (written, bare)]
-    turns = bare if placed[0] == placed[1] else written
+    turns = bare if placed[0] == placed[1] and bare[-1][1].strip() else written
     system = [text for speaker, text in turns if speaker == "system"]
-    talk = [text for speaker, text in turns if speaker != "system"]
+    *history, question = [text for speaker, text in turns if speaker != "system"]
     words = ["python", "sample.py", "--model", str(model_path)]
-    for flag, texts in (("--image", pictures), ("--system", system), ("--history", talk[:-1]),
-                        ("--ask", talk[-1:])):
+    for flag, texts in (("--image", pictures), ("--system", system), ("--history", history),
+                        ("--ask", [question] if question.strip() else [])):
         if any(text.startswith("-") for text in texts):  # else it would be read as a flag
             words += [f"{flag}={text}" for text in texts]
         elif texts:

@@ -2,6 +2,7 @@
 import argparse
 import difflib
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 
 from engine.device import explain
 
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 def fail(message) -> None:
     """One clear line on standard error, exit code 2; what a terminal might obey is escaped."""
@@ -105,6 +107,13 @@ def check_asked(questions: list[str]) -> None:
     for n, question in enumerate(questions, 1):
         if not question.strip():
             raise ValueError(f'--ask: question {n} is empty; "<image>" is a picture and no word')
+
+
+def escaped(text: str, keep: str = "") -> str:
+    """Text whose control characters, which a terminal would obey, are escaped, but some to keep."""
+    shown = [c if c in keep or not CONTROL.match(c) else c.encode("unicode_escape").decode()
+             for c in text]
+    return "".join(shown)
 
 
 def flag(name: str) -> str:

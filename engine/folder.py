@@ -11,11 +11,20 @@ from PIL import Image
 def refuse_used(folder: Path) -> None:
     """Raise ValueError if a folder for a new run holds more than one killed at its very start."""
     early = ("config.json", "log.txt")
-    if folder.exists() and (not folder.is_dir() or any(
-            f.stat().st_size and f.suffix != ".part" and f.name not in early
-            for f in folder.iterdir())):
-        raise ValueError(f"{folder} already holds something: go on with --resume if it is a run, "
-                         f"or choose another --out")
+    check_writable(folder)
+    if folder.exists() and any(f.stat().st_size and f.suffix != ".part" and f.name not in early
+                               for f in folder.iterdir()):
+        raise ValueError(f"{folder} already holds something: choose another --out; what train.py "
+                         f"left there goes on with its --resume")
+
+
+def check_writable(folder: Path) -> None:
+    """Raise ValueError where a folder cannot be made, or nothing can be written into it."""
+    there = [place for place in (folder, *folder.absolute().parents) if place.exists()][0]
+    if not there.is_dir():
+        raise ValueError(f"--out: {there} is no folder")
+    if not os.access(there, os.W_OK):
+        raise ValueError(f"--out: nothing can be written into {there}")
 
 
 @contextmanager

@@ -4,6 +4,8 @@ import unicodedata
 from collections import defaultdict
 from typing import NamedTuple
 
+from engine.flags import escaped
+
 NUMBERS = {"none": "0", "zero": "0", "one": "1", "two": "2", "three": "3", "four": "4",
            "five": "5", "six": "6", "seven": "7", "eight": "8", "nine": "9", "ten": "10"}
 SIGNS = "%‰٪％#＃&＆@＠*＊/／\\＼′″"  # punctuation to Unicode, but "50%" is not "50"
@@ -101,7 +103,7 @@ def table(answered: list[Answered]) -> str:
     lines = [head + f"{'F1 of yes':>11}{'says yes':>10}" if known else head]
     for task in sorted(found["questions"], key=lambda task: (task == "all", task)):
         shown = "".join(f"{percent(found[kind].get(task)):>10}" for kind in kinds)
-        line = f"{task:<12}{shown}{found['questions'][task]:>11,}"
+        line = f"{escaped(task):<12}{shown}{found['questions'][task]:>11,}"
         if task in known:
             f1, share = known[task]
             line += f"{percent(f1):>11}{percent(share):>10}"

@@ -139,7 +139,7 @@ def example_of(*turns: tuple[str, str], pictures=()) -> Example:
     ("text", "what is it?\n<image>", "what is it?"),
     ("image", "what is it?\n<image>", "what is it?"),
     ("image", "what\n<image>\nis it?", "what<image>is it?"),
-    ("data", "<image>\r\n", "")])
+    ("data", "<image>\r\n", "<image>"), ("text", "<image>", "<image>")])
 def test_image_is_written_only_where_the_picture_would_stand_elsewhere(order, text, words):
     command = ask_command("m.pt", example_of(("human", text), pictures=["a b.png"]), order)
     assert command == shlex.join(["python", "sample.py", "--model", "m.pt", "--image", "a b.png",
@@ -147,7 +147,7 @@ def test_image_is_written_only_where_the_picture_would_stand_elsewhere(order, te
 
 
 def test_every_text_passes_through_the_command_line():
-    texts = ["-x", "--ask", "-1", "-- x", "it's \"so\"\n$HOME", "--image=x", ""]
+    texts = ["-x", "--ask", "-1", "-- x", "it's \"so\"\n$HOME", "--image=x", "", "?"]
     turns = [("gpt" if i % 2 else "human", text) for i, text in enumerate(texts)]
     for system in ("-s", "so"):
         _, _, *words = shlex.split(ask_command("m.pt", example_of(("system", system), *turns),
@@ -156,6 +156,18 @@ def test_every_text_passes_through_the_command_line():
         assert (args.system, args.history + args.ask) == (system, texts)
     with pytest.raises(SystemExit):  # the control: as they are
         sample.make_parser().parse_args(["--history", *texts[:-1], "--ask", texts[-1]])
+
+
+@pytest.mark.parametrize("words", ["", " \n"])
+def test_a_question_that_says_nothing_is_left_to_be_typed(words):
+    turns = [("human", "a"), ("gpt", "b"), ("human", words)]
+    _, _, *words = shlex.split(ask_command("m.pt", example_of(*turns), "data"))
+    args = sample.make_parser().parse_args(words)
+    sample.check(args)
+    assert (args.history, args.ask) == (["a", "b"], None)
+    args.ask = [""]
+    with pytest.raises(ValueError, match="is empty"):  # the control
+        sample.check(args)
 
 
 def test_the_command_is_quoted_for_windows_there(monkeypatch):

@@ -6,6 +6,7 @@ import os
 import pickle
 import random
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -124,6 +125,27 @@ def test_a_stopped_data_script_says_at_most_a_line_and_leaves_nothing(number, co
     _, error = script.communicate(timeout=60)
     assert script.returncode == code and not list(tmp_path.iterdir())
     assert b"Traceback" not in error and error.count(b"\n") <= 1  # the bar erases itself
+
+
+def test_the_command_that_a_data_script_prints_can_be_pasted(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "it's a $folder"
+    monkeypatch.setattr(sys, "argv", ["shapes.py", "--scenes", "9", "--out", str(out)])
+    shapes.command(lambda folder, **flags: None, "shapes")
+    command = capsys.readouterr().out.split("made ")[1].removeprefix(f"{out}: ")
+    assert shlex.split(command) == ["python", "train.py", "--data", str(out)]
+
+
+def test_a_full_disk_is_one_line_that_names_the_folder(tmp_path, monkeypatch, capsys):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    monkeypatch.setattr(sys, "argv", ["shapes.py", "--scenes", "9", "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as ended:
+        shapes.command(shapes.make, "shapes")
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert ended.value.code == 2 and f"{tmp_path / 'out'}: No space left on device" in said
+    assert not list(tmp_path.iterdir())
 
 
 HALF_BUILT = """

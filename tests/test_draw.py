@@ -382,6 +382,13 @@ def test_nonsense_is_one_line_and_exit_code_2(model, picture, tmp_path, capsys, 
     assert not (tmp_path / "x.png").exists() and not (tmp_path / "mask.nonsense").exists()
 
 
+def test_a_flag_that_is_given_twice_means_both():
+    texts = draw.make_parser().parse_args("--ask a b --ask c --answer d --answer e --history f g --history h i "
+                                          "--image j --image k --layer 1 --layer 2 --out x.png".split())
+    assert (texts.ask, texts.answer, texts.history) == (["a", "b", "c"], ["d", "e"], ["f", "g", "h", "i"])
+    assert (texts.image, texts.layer) == (["j", "k"], [1, 2])
+
+
 def test_queries_are_cells_beside_the_picture_and_never_a_light_over_it(picture, monkeypatch):
     lines, lit_pictures, text, places = [], [], draw.text, draw.lit_places
     monkeypatch.setattr(draw, "text", lambda string, *args, **how: lines.append(string) or text(string, *args, **how))

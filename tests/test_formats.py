@@ -1,5 +1,6 @@
 """What people bring as records: other keys, other formats, odd conversations, broken pictures."""
 import json
+import os
 import random
 import re
 
@@ -44,6 +45,50 @@ def test_a_picture_or_film_under_another_key_is_refused_with_the_name_that_is_ri
     assert repr(key) in bad(conversations=in_turn)
 
 
+@pytest.mark.parametrize("key, value", [
+    ("picture", {"bytes": None, "path": "a"}), ("photo", {"path": "x/1.png"}),
+    ("image_url", {"url": "https://a.b/c?size=2"}), ("scans", [{"file": {"name": "a.tif"}}]),
+    ("image_path", "images/0")])
+def test_a_picture_deep_in_another_key_or_under_a_picture_s_name_is_refused(key, value):
+    assert repr(key) in bad(**{key: value})
+
+
+def test_beside_a_picture_its_address_on_the_web_is_free_but_no_other_picture_is():
+    assert parsed(image="a.jpg", url="https://a.b/c.jpg", coco={"file": "c.jpg"},
+                  image_url="http://a.b/c").pictures == ["a.jpg"]
+    assert "'url'" in bad(url="https://a.b/c.jpg")  # the control: it is the only one
+    assert "'second'" in bad(image="a.jpg", second="b.jpg")
+    assert "'photos'" in bad(image="a.jpg", photos=[{"path": "b"}])
+
+
+def test_a_picture_s_bytes_in_place_of_its_path_are_refused_and_not_printed(tmp_path):
+    picture = Image.new("RGB", (8, 8))
+    picture.save(tmp_path / "a.png")
+    long = "A" * 200_000
+    for name in (f"data:image/png;base64,{long}", long, f"{long}/a.png"):
+        item = {"id": long, "image": name, "conversations": TALK}
+        (tmp_path / "train.json").write_text(json.dumps([item]))
+        with pytest.raises(ValueError, match="AAA") as e:
+            Records.read(tmp_path, "train.json")
+        assert len(str(e.value)) < 600
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no pipes in folders")
+def test_what_is_no_file_is_no_picture_and_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a.png")
+    (tmp_path / "b.png").mkdir()
+    for name in ("a.png", "b.png"):
+        with pytest.raises(ValueError, match=f"{name}: is no file"):
+            check_picture(tmp_path, name)
+
+
+def test_objects_nested_thousands_deep_are_looked_through():
+    value = "a.png"
+    for _ in range(5000):
+        value = {"in": [value]}
+    assert "'meta'" in bad(meta=value)
+
+
 def test_other_keys_are_allowed_and_those_that_are_known_may_look_like_files():
     record = parsed(id="a.jpg", task="b.png", image="c.jpg", source="coco", size=[3, 4], url=None,
                     notes=["see a.jpg, b.png too"], model={"path": "x.png"}, video=None, audio=[])
@@ -62,7 +107,8 @@ def test_images_is_read_as_image_is_and_both_are_refused():
     assert parsed(image="", images="a.png") == parsed(image="a.png", images=[])
     assert "both" in bad(image="a.png", images="b.png")
     for wrong in (7, [""], [None], {"path": "a.png"}):
-        assert '"image" must be' in bad(images=wrong) == bad(image=wrong)
+        assert '"image" must be' in bad(image=wrong) and '"images" must be' in bad(images=wrong)
+        assert str(wrong) in bad(images=wrong)
 
 
 # Formats -----------------------------------------------------------------------------------------

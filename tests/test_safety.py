@@ -7,6 +7,7 @@ import math
 import multiprocessing
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from torch.utils.data._utils import worker as torchs_worker
 
 import engine.folder
 import engine.processes
+import compare
 import train
 from data.batches import Batches, Order
 from data.llava import Examples, Records, read_splits
@@ -469,11 +471,39 @@ def test_a_folder_of_a_run_killed_before_its_first_checkpoint_can_be_used_again(
     assert NanoAKI.load(tmp_path / "out/model.pt")
 
 
-def test_a_folder_that_cannot_be_written_is_one_line(tiny, tmp_path, capsys):
+@pytest.mark.parametrize("main", [train.main, compare.main])
+def test_a_folder_that_cannot_be_made_is_one_line_before_data_is_read(
+        main, tiny, tmp_path, capsys, monkeypatch):
     (tmp_path / "file").write_text("not a folder")
-    error = refused(capsys, train.main, "--data", tiny, "--out", tmp_path / "file/out", *TINY,
-                    *SHORT)
-    assert str(tmp_path / "file") in error
+    monkeypatch.setattr(train, "prepare", None)
+    for out in ("file", "file/out/deeper"):
+        error = refused(capsys, main, "--data", tiny, "--out", tmp_path / out)
+        assert f"--out: {tmp_path / 'file'} is no folder" in error
+    monkeypatch.setattr(os, "access", lambda path, how: False)
+    assert f"written into {tmp_path}" in refused(capsys, main, "--data", tiny, "--out",
+                                                 tmp_path / "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+HOSTILE = "a\x1b[31m\nb\x07\x9b"
+
+
+def test_no_control_character_of_data_reaches_the_terminal(tiny, tmp_path, capsys):
+    data, family = tmp_path / "data", "\u0633\u200c\U0001f468\u200d\U0001f469"
+    shutil.copytree(tiny, data)
+    for name in ("train", "val", "test"):
+        records = json.loads((data / f"{name}.json").read_text())
+        for record in records:
+            record["task"] = HOSTILE + family
+            for turn in record["conversations"]:
+                turn["value"] += HOSTILE + family
+        (data / f"{name}.json").write_text(json.dumps(records))
+    train.main(["--data", str(data), "--out", str(tmp_path / "out"), *TINY, *SHORT])
+    said = capsys.readouterr().out
+    assert not {"\x1b", "\x07", "\x9b"} & set(said)
+    assert said.count("a\\x1b[31m\\nb\\x07\\x9b" + family) >= 3  # question, answer, the table's task
+
+
 
 
 def resume_on_a_full_disk(out, limit: int) -> None:
@@ -491,6 +521,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_checkpoint_whole(tiny, tmp_path,
         assert run.exitcode == 2, log.read_text()
     error = log.read_text()
     assert "last.pt" in error.splitlines()[-1] and "Traceback" not in error, error
+    assert "File too large" in error.splitlines()[-1]  # the system's reason, not torch's
     assert (out / "last.pt").read_bytes() == before and not list(out.glob("*.part"))
 
 

@@ -168,7 +168,8 @@ def test_a_run_is_never_overwritten_and_resume_refuses_a_changed_flag(capsys, tr
 
 
 @pytest.mark.parametrize("flags", [["--steps", "250"], ["--lr", "0.001", "--warmup", "5"],
-                                   ["--data", "OTHER"], ["--mask", "causal"]])
+                                   ["--data", "OTHER"], ["--mask", "causal"],
+                                   ["--steps", "250", "--n-embd", "32", "--block-size", "64"]])
 def test_what_resume_refuses_is_done_by_the_command_that_it_names(
         capsys, trained, tmp_path, monkeypatch, flags):
     other = make_tiny(tmp_path / "other folder", n=30)
@@ -370,6 +371,8 @@ def test_the_interactive_prompt_streams_what_ask_answers(capsys, trained, tiny, 
     (["--data", "DATA", "--split", "tests"], ["tests.json", "No such file"]),
     (["--data", "DATA", "--out", __file__], ["test_train.py", "exists already"]),
     (["--data", "DATA", "--out", "/nowhere/answers.jsonl"], ["no folder /nowhere"]),
+    (["--data", "DATA", "--out", ""], ["--out ''", "no name"]),
+    (["--data", ""], ["test.json", "No such file"]),
     (["--ask", "x", "--split", "val"], ["--split needs --data"]),
     (["--ask", "x", "--out", "answers.jsonl"], ["--out needs --data"]),
     *[(["--data", "DATA", flag, "1"], [f"{flag} does not go with --data"]) for flag in (
