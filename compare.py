@@ -11,7 +11,6 @@ with another list of --masks or another number of --seeds it reuses what is trai
 import argparse
 import json
 import os
-import shlex
 import signal
 import sys
 import time
@@ -27,7 +26,8 @@ from data.shapes import find
 from engine.checkpoint import INIT, RESUMED, settle
 from engine.children import failure, start, stop, wait_for_others
 from engine.device import choose_device
-from engine.flags import Parser, as_command, flag, one_line, pick, run_script
+from engine.flags import (Parser, as_command, flag, leave, one_line, pick, quoted,
+                          run_script)
 from engine.folder import hold, refuse_used, write_whole
 from engine.results import Result, Results, draw_curves, table, table_by_task
 from engine.scores import Answered, scores
@@ -341,10 +341,10 @@ def make_parser() -> Parser:
 
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
-    command = shlex.join(["python", "compare.py", *argv])
+    command = quoted(["python", "compare.py", *argv])
     flags = vars(make_parser().parse_args(argv))
     for number in (signal.SIGINT, signal.SIGTERM):  # also where a shell's & ignores the former
-        signal.signal(number, signal.default_int_handler)
+        signal.signal(number, lambda *_: leave(signal.SIGINT, None))
     try:
         with one_line():
             c = plan(flags.pop("masks"), flags.pop("seeds"), flags.pop("jobs"), flags)

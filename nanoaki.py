@@ -934,7 +934,7 @@ def save_file(state: dict, path) -> None:
     except BaseException as e:
         Path(part).unlink(missing_ok=True)
         if isinstance(e, (OSError, RuntimeError)):  # torch.save raises the latter on a full disk
-            reason = e.__context__ or e  # the system's own word comes first
+            reason = e if isinstance(e, OSError) else e.__context__ or e  # the system's word
             raise OSError(f"{path} cannot be written, what it held is whole: {reason}") from e
         raise
 

@@ -35,7 +35,7 @@ def print_answer(model: NanoAKI, pictures: list[str], texts: list[str], system, 
     for (new,) in model.stream(*model.prompt([pictures], texts[-1:], history, system), **how):
         ids.append(new)
         text = model.tokenizer.decode(ids)
-        print(escaped(text[len(shown):], keep="\n"), end="", flush=True)
+        print(escaped(text[len(shown):], keep="\n\t"), end="", flush=True)
         shown = text
     print()
     return shown
@@ -111,7 +111,7 @@ def make_parser() -> Parser:
     parser.add_argument("--data", metavar="DIR",
                         help="ask a whole split of this dataset, 'shapes' or a folder, instead")
     parser.add_argument("--split", metavar="NAME", help="of --data (default test)")
-    parser.add_argument("--out", metavar="FILE", help="with --data: a line of JSON per question")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="with --data: a line of JSON per question")
     parser.add_argument("--skip-bad", action="store_true",
                         help="with --data: leave bad records out, counted")
     parser.add_argument("--max-new-tokens", type=int,
@@ -150,11 +150,11 @@ def check(args) -> None:
         if args.data is None and getattr(args, name):
             raise ValueError(f"{flag(name)} needs --data")
     if args.out is not None:
-        if os.path.lexists(args.out) or not args.out:
-            raise ValueError(f"--out {args.out!r} exists already, or is no name: choose another")
-        if not Path(args.out).absolute().parent.is_dir():
-            raise ValueError(f"--out: there is no folder {Path(args.out).parent}")
-        check_writable(Path(args.out).absolute().parent)
+        if os.path.lexists(args.out):
+            raise ValueError(f"--out: {args.out} exists already: name another")
+        if not args.out.absolute().parent.is_dir():
+            raise ValueError(f"--out: there is no folder {args.out.parent}")
+        check_writable(args.out.absolute().parent)
 
 
 def main(argv: list[str] | None = None) -> None:

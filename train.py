@@ -395,7 +395,7 @@ def test(run: Run, examples: Examples) -> None:
         save_picture(draw_answered(examples, indices[:12], answered), run.out / "samples.png")
     command = ask_command(run.out / "model.pt", example_to_ask(examples), model.config.order)
     print(f"some of them, with pictures: {run.out / 'samples.png'}\nask it yourself:\n ",
-          escaped(command, keep="\n"))
+          escaped(command, keep="\n\t"))
     run.evaluated += time.perf_counter() - start
 
 

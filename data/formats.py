@@ -4,6 +4,7 @@ What a file of records may look like, and what may be wrong with one (data/READM
     for number, (item, start, stop) in enumerate(items(Path("data/shapes-seed0/train.json"))):
         record = parse_record(item, number)
 """
+import errno
 import json
 import re
 import warnings
@@ -18,10 +19,10 @@ SPEAKERS = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt",
             "system": "system"}
 MEDIA = re.compile(r"\.(jpe?g|jpe|jfif|jp2|png|gif|bmp|webp|tiff?|heic|heif|avif|svg|p[bgnp]m|tga|"
                    r"ico|dng|npy|mp[34]|m4[av]|mpe?g|mov|avi|mkv|webm|wm[av]|flv|3gp|wav|aiff?|flac|"
-                   r"ogg|opus|aac)(\?.*)?\s*$", re.IGNORECASE)
+                   r"ogg|opus|aac)(\?.*)?\s*$|^data:(image|video|audio)/", re.IGNORECASE)
 FILMS = ("video", "videos", "audio", "audios")  # keys
-PICTURES = ("img", "imgs", "picture", "pictures", "photo", "photos", "image_path", "image_paths",
-            "image_url", "image_urls", "image_file", "image_files")  # keys, though none is read
+PICTURE = re.compile(r"(image|img|picture|photo)s?(_?(path|url|file|data|base64)s?)?",
+                     re.IGNORECASE)  # keys
 RECORD_KEYS = frozenset(("id", "task", "image", "images", "conversations", "messages"))
 TURN_KEYS = frozenset(("from", "value", "role", "content"))
 PART_KEYS = frozenset(("type", "text", "image"))
@@ -48,7 +49,6 @@ def parse_record(item: Any, number: int) -> Record:
         raise ValueError('has both "image" and "images"')
     key = "images" if item.get("images") else "image"
     listed = item.get(key) or []
-    refuse_media(item, RECORD_KEYS, beside=bool(listed))
     if isinstance(listed, str):
         listed = [listed]
     if not isinstance(listed, list) or not all(isinstance(p, str) and p for p in listed):
@@ -62,18 +62,21 @@ def parse_record(item: Any, number: int) -> Record:
             path = path or next(listed, None)
             if path:  # where there is none, place_pictures will miss it
                 pictures.append(path)
+    pictures += listed
     turns, notes = settle_ends(turns)
+    notes += unread(item, RECORD_KEYS, pictures)
+    for turn in item[names[0]]:
+        notes += unread(turn, TURN_KEYS, pictures)
     task = str(item.get("task") or "")
     if task == "all":
         raise ValueError('"task" must not be "all", which the sum is called')
-    return Record(str(item.get("id", number)), task, [*pictures, *listed], turns, notes)
+    return Record(str(item.get("id", number)), task, pictures, turns, notes)
 
 
 def parse_turn(turn: Any) -> tuple[str, str, list[str]]:
     """Speaker, text, and for each <image> in human text the path that stands there, if one does."""
     values = []
     if isinstance(turn, dict):
-        refuse_media(turn, TURN_KEYS)
         values = [turn[key] for key in ("value", "content") if turn.get(key) is not None]
     if len(values) != 1 or not isinstance(values[0], (str, list)):
         raise ValueError('each turn must be {"from": "human" or "gpt", "value": text}, or the same '
@@ -112,37 +115,43 @@ def join_parts(parts: list, speaker: str) -> tuple[str, list[str]]:
         else:
             raise ValueError(f'a part of a turn must be {{"type": "text", "text": text}} or, of a '
                              f'user, {{"type": "image", "image": path}}, not {str(part)[:80]}')
-        refuse_media(part, PART_KEYS)
+        unread(part, PART_KEYS, [])
     return text, shown
 
 
-def refuse_media(item: dict, known: frozenset[str], beside: bool = False) -> None:
-    """Raise ValueError where a key that is not known holds a picture or a film.
+def unread(item: dict, known: frozenset[str], shown: list[str]) -> list[str]:
+    """The keys that are not known and name pictures, which are not read, as a note; or none.
 
-    Beside the record's own pictures, addresses on the web and what stands deeper are about them.
+    Raises ValueError on a film, and on a picture that seems meant to be seen: where the record
+    shows none, any; beside those that are shown a path, since addresses and what stands deeper are
+    mostly about them.
     """
-    for key in item.keys() - known:
-        texts = strings_in(item[key], deep=not beside or key in PICTURES)
-        media = [text for text in texts if key in PICTURES or MEDIA.search(text)]
-        if beside:
-            media = [text for text in media if not text.startswith(("http://", "https://"))]
-        if key in FILMS and item[key]:
-            media = [str(item[key])]
-        if media:
-            raise ValueError(f'{key!r} is not read, and holds {media[0][:80]!r}: '
+    found = []
+    for key in sorted(item.keys() - known):
+        film, named = key in FILMS, PICTURE.fullmatch(key)
+        media = [leaf for leaf in leaves(item[key])
+                 if film or named or isinstance(leaf, str) and MEDIA.search(leaf)]
+        direct = item[key] if isinstance(item[key], list) else [item[key]]
+        paths = [leaf for leaf in media if leaf in direct and MEDIA.search(str(leaf))
+                 and not str(leaf).startswith(("http://", "https://"))]
+        if media and (film or paths or not shown):
+            raise ValueError(f'{key!r} is not read, and holds {str(media[0])[:80]!r}: '
                              f'pictures stand under "image" of the record, films nowhere')
+        if media:
+            found.append(f"name pictures under {key!r}, where none is read")
+    return found
 
 
-def strings_in(value: Any, deep: bool) -> list[str]:
-    """All strings but "" in a JSON value, those in objects only where it is to be deep."""
+def leaves(value: Any) -> list:
+    """All that stands in a JSON value, however deep, but for keys and what is empty, false or 0."""
     found, waiting = [], [value]
     while waiting:
         value = waiting.pop()
-        if isinstance(value, dict) and deep:
+        if isinstance(value, dict):
             waiting += value.values()
         elif isinstance(value, list):
             waiting += value
-        elif isinstance(value, str) and value:
+        elif value:
             found.append(value)
     return found
 
@@ -177,7 +186,7 @@ def check_picture(folder: Path, picture: str) -> None:
         raise ValueError(f"{name}: must be a path below the data folder")
     try:
         if path.exists() and not path.is_file():  # to open a pipe would be to wait for it
-            raise ValueError(f"{name}: is no file")
+            raise OSError(errno.EINVAL, "is no file")
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as image:

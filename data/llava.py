@@ -26,6 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.formats import Record, check_picture, items, parse_record
+from engine.flags import escaped
 from nanoaki import ANSWER, Config, Tokenizer, build_sequence, fit_picture, place_pictures
 
 EDGE_PICTURES = re.compile(r"^(\s*<image>)+|(<image>\s*)+$")  # where they need not be shown
@@ -36,7 +37,7 @@ def say_once(line: str, said: set[str]) -> None:
     """Print a line on standard error if it is not among those said before."""
     if line not in said:
         said.add(line)
-        tqdm.write(line, file=sys.stderr)
+        tqdm.write(escaped(line), file=sys.stderr)
 
 
 def refuse(path: Path, bad: list[str], total: int, skip: bool) -> None:
@@ -46,7 +47,7 @@ def refuse(path: Path, bad: list[str], total: int, skip: bool) -> None:
     if bad and not skip:
         raise ValueError(lines + "\n  (--skip-bad leaves them out)")
     if bad:
-        print(f"skipping: {lines}", file=sys.stderr)
+        print(escaped(f"skipping: {lines}", keep="\n"), file=sys.stderr)
 
 
 class Replies(NamedTuple):
@@ -137,7 +138,7 @@ class Records:
             raise ValueError(f"{path}: not UTF-8: {e.reason}") from None
         refuse(path, bad, len(spans) // 2, skip_bad)
         for note, count in notes.items():
-            print(f"{path}: {count:,} of {len(rows):,} records {note}")
+            print(escaped(f"{path}: {count:,} of {len(rows):,} records {note}"))
         if not rows:
             raise ValueError(f"{path}: there are no records")
         table = torch.frombuffer(replies, dtype=torch.int32).view(-1, len(Replies._fields))

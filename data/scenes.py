@@ -6,6 +6,7 @@ one format that data/README.md describes. A scene depends on the dataset's name,
 split and its number alone.
 """
 import argparse
+import errno
 import json
 import os
 import random
@@ -218,5 +219,7 @@ def run(make: Callable, dataset: str, pictures: Path | None) -> None:
         try:
             make(out, **flags)
         except OSError as e:
-            raise OSError(f"{e.filename or out}: {e.strerror or e}") from e
+            if e.errno != errno.ENOSPC:
+                raise
+            raise OSError(f"{out}: {e.strerror}") from e
         print(f"made {out}: {quoted(['python', 'train.py', '--data', str(out)])}")

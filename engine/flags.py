@@ -15,11 +15,11 @@ from engine.device import explain
 
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
+
 def fail(message) -> None:
-    """One clear line on standard error, exit code 2; what a terminal might obey is escaped."""
-    shown = [c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode()
-             for c in str(message)]
-    print(f"{Path(sys.argv[0]).name}: {''.join(shown)}", file=sys.stderr)
+    """One clear line on standard error, exit code 2."""
+    shown = escaped(str(message), keep="\n")
+    print(f"{Path(sys.argv[0]).name}: {shown}", file=sys.stderr)
     raise SystemExit(2)
 
 

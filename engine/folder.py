@@ -20,7 +20,7 @@ def refuse_used(folder: Path) -> None:
 
 def check_writable(folder: Path) -> None:
     """Raise ValueError where a folder cannot be made, or nothing can be written into it."""
-    there = [place for place in (folder, *folder.absolute().parents) if place.exists()][0]
+    there = next(filter(os.path.lexists, [folder, *folder.absolute().parents]), folder)
     if not there.is_dir():
         raise ValueError(f"--out: {there} is no folder")
     if not os.access(there, os.W_OK):

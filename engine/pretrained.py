@@ -15,7 +15,7 @@ from pathlib import Path
 if __name__ == "__main__":  # a script's folder is on the path, the repository's root is not
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from engine.families import read_decoder, read_vit
-from engine.flags import Parser, flag, one_line, run_script
+from engine.flags import Parser, flag, one_line, quoted, run_script
 from engine.published import read_json
 from nanoaki import PRESETS, Config, save_file
 
@@ -79,8 +79,9 @@ def make(vit: str, decoder: str, preset: str, out: str, flags: dict) -> None:
     save_file({"config": asdict(config), "merges": merges, "model": weights}, out)
     new = [part for part, folder in (("vit", vit), ("projector", ""), ("decoder", decoder))
            if not folder]
+    command = quoted(["python", "train.py", "--init", str(out), "--data", "DIR"])
     print(f"{out}: {config.visual_tokens} visual tokens a picture, {config.block_size} positions; "
-          f"new will be: {', '.join(new)}; to train it: python train.py --init {out} --data DIR")
+          f"new will be: {', '.join(new)}; to train it: {command}")
 
 
 def make_parser() -> Parser:

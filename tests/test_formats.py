@@ -48,17 +48,36 @@ def test_a_picture_or_film_under_another_key_is_refused_with_the_name_that_is_ri
 @pytest.mark.parametrize("key, value", [
     ("picture", {"bytes": None, "path": "a"}), ("photo", {"path": "x/1.png"}),
     ("image_url", {"url": "https://a.b/c?size=2"}), ("scans", [{"file": {"name": "a.tif"}}]),
-    ("image_path", "images/0")])
+    ("image_path", "images/0"), ("img", {"bytes": [137, 80]}), ("Image", "a"), ("imagePath", "a"),
+    ("frame", "data:image/png;base64,iVBOR"), ("image_base64", "iVBOR"),
+    ("image_1", {"bytes": "iVBOR", "path": "b.png"})])
 def test_a_picture_deep_in_another_key_or_under_a_picture_s_name_is_refused(key, value):
     assert repr(key) in bad(**{key: value})
+    assert repr(key) in bad(conversations=[{**TALK[0], key: value}, TALK[1]])
+    assert key not in parsed(**{key: None}).notes  # the control, as an export may leave it
 
 
-def test_beside_a_picture_its_address_on_the_web_is_free_but_no_other_picture_is():
-    assert parsed(image="a.jpg", url="https://a.b/c.jpg", coco={"file": "c.jpg"},
-                  image_url="http://a.b/c").pictures == ["a.jpg"]
-    assert "'url'" in bad(url="https://a.b/c.jpg")  # the control: it is the only one
-    assert "'second'" in bad(image="a.jpg", second="b.jpg")
-    assert "'photos'" in bad(image="a.jpg", photos=[{"path": "b"}])
+@pytest.mark.parametrize("key", ["image", "images"])
+def test_a_picture_of_a_turn_is_refused(key):
+    assert repr(key) in bad(conversations=[{**TALK[0], key: "images/0"}, TALK[1]])
+
+
+def test_beside_a_picture_its_address_on_the_web_and_what_is_deeper_are_noted_but_a_path_is_refused():
+    parts = [{"type": "image", "image": "a.jpg"}]
+    shown = [{"image": "a.jpg"}, {"conversations": None, "messages": [
+        {"role": "user", "content": parts}, {"role": "assistant", "content": "this"}]}]
+    for item in shown:
+        for key, value in (("url", "https://a.b/c.jpg"), ("coco", {"file": "c.jpg"}),
+                           ("image_url", "http://a.b/c"), ("photo", {"author": "Jane"})):
+            record = parsed(**item, **{key: value})
+            assert record.pictures == ["a.jpg"]
+            assert record.notes == [f"name pictures under {key!r}, where none is read"]
+            assert repr(key) in bad(**{key: value})  # the control: it is the only one
+        assert parsed(**item, source="coco", photo=None, meta={"a": 1}).notes == []
+        for value in ("b.jpg", ["b.jpg"]):
+            assert "'second'" in bad(**item, second=value)
+    turns = [{**TALK[0], "meta": {"file": "0.jpg"}}, TALK[1]]
+    assert parsed(image="a.jpg", conversations=turns).notes
 
 
 def test_a_picture_s_bytes_in_place_of_its_path_are_refused_and_not_printed(tmp_path):
@@ -78,7 +97,7 @@ def test_what_is_no_file_is_no_picture_and_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "a.png")
     (tmp_path / "b.png").mkdir()
     for name in ("a.png", "b.png"):
-        with pytest.raises(ValueError, match=f"{name}: is no file"):
+        with pytest.raises(ValueError, match=f"^{name}: is no file$"):
             check_picture(tmp_path, name)
 
 

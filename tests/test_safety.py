@@ -493,13 +493,16 @@ def test_no_control_character_of_data_reaches_the_terminal(tiny, tmp_path, capsy
     shutil.copytree(tiny, data)
     for name in ("train", "val", "test"):
         records = json.loads((data / f"{name}.json").read_text())
+        records.append(dict(records[0], image=f"{HOSTILE}.png"))  # it is skipped, and named
         for record in records:
             record["task"] = HOSTILE + family
             for turn in record["conversations"]:
                 turn["value"] += HOSTILE + family
         (data / f"{name}.json").write_text(json.dumps(records))
-    train.main(["--data", str(data), "--out", str(tmp_path / "out"), *TINY, *SHORT])
-    said = capsys.readouterr().out
+    train.main(["--data", str(data), "--out", str(tmp_path / "out"), "--skip-bad", *TINY, *SHORT])
+    said, skipped = capsys.readouterr()
+    assert "a\\x1b[31m" in skipped
+    said += skipped
     assert not {"\x1b", "\x07", "\x9b"} & set(said)
     assert said.count("a\\x1b[31m\\nb\\x07\\x9b" + family) >= 3  # question, answer, the table's task
 
