@@ -111,7 +111,8 @@ def make_parser() -> Parser:
     parser.add_argument("--data", metavar="DIR",
                         help="ask a whole split of this dataset, 'shapes' or a folder, instead")
     parser.add_argument("--split", metavar="NAME", help="of --data (default test)")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="with --data: a line of JSON per question")
+    parser.add_argument("--out", type=Path, metavar="FILE",
+                        help="with --data: a line of JSON per question")
     parser.add_argument("--skip-bad", action="store_true",
                         help="with --data: leave bad records out, counted")
     parser.add_argument("--max-new-tokens", type=int,
