@@ -26,8 +26,7 @@ from data.shapes import find
 from engine.checkpoint import INIT, RESUMED, settle
 from engine.children import failure, start, stop, wait_for_others
 from engine.device import choose_device
-from engine.flags import (Parser, as_command, flag, leave, one_line, pick, quoted,
-                          run_script)
+from engine.flags import Parser, as_command, flag, leave, one_line, pick, quoted, run_script
 from engine.folder import hold, refuse_used, write_whole
 from engine.results import Result, Results, draw_curves, table, table_by_task
 from engine.scores import Answered, scores
@@ -344,7 +343,7 @@ def main(argv: list[str] | None = None) -> None:
     command = quoted(["python", "compare.py", *argv])
     flags = vars(make_parser().parse_args(argv))
     for number in (signal.SIGINT, signal.SIGTERM):  # also where a shell's & ignores the former
-        signal.signal(number, lambda *_: leave(signal.SIGINT, None))
+        signal.signal(number, lambda _, frame: leave(signal.SIGINT, frame))  # as Ctrl-C, both
     try:
         with one_line():
             c = plan(flags.pop("masks"), flags.pop("seeds"), flags.pop("jobs"), flags)

@@ -128,18 +128,23 @@ def unread(item: dict, known: frozenset[str], shown: list[str]) -> list[str]:
     """
     found = []
     for key in sorted(item.keys() - known):
-        film, named = key in FILMS, PICTURE.fullmatch(key)
-        media = [leaf for leaf in leaves(item[key])
-                 if film or named or isinstance(leaf, str) and MEDIA.search(leaf)]
+        film, media = key in FILMS, leaves(item[key])
+        if not film and not PICTURE.fullmatch(key):
+            media = [leaf for leaf in media if is_media(leaf)]
         direct = item[key] if isinstance(item[key], list) else [item[key]]
-        paths = [leaf for leaf in media if leaf in direct and MEDIA.search(str(leaf))
-                 and not str(leaf).startswith(("http://", "https://"))]
+        paths = [value for value in direct
+                 if is_media(value) and not value.startswith(("http://", "https://"))]
         if media and (film or paths or not shown):
             raise ValueError(f'{key!r} is not read, and holds {str(media[0])[:80]!r}: '
                              f'pictures stand under "image" of the record, films nowhere')
         if media:
             found.append(f"name pictures under {key!r}, where none is read")
     return found
+
+
+def is_media(value: Any) -> bool:
+    """Whether a JSON value is the name of a picture or a film, or one itself."""
+    return isinstance(value, str) and MEDIA.search(value) is not None
 
 
 def leaves(value: Any) -> list:
